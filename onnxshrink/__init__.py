@@ -1,0 +1,1 @@
+from onnxshrink.shrink import shrink

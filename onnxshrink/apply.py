@@ -1,0 +1,142 @@
+"""Carry out a plan: slice constants, change attributes, rewire nodes. Names no operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxshrink.analyse import Analysis
+from onnxshrink.edit import Editor
+from onnxshrink.graph import Node
+from onnxshrink.notation import Relation
+from onnxshrink.plan import Kept, Plan, joined_inputs
+from onnxshrink.registry import Rewrite
+from onnxshrink.view import Operand, View
+from onnxshrink.weights import Array
+
+
+def apply(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
+    """The smaller model. The graph that was analysed is not changed."""
+    editor = Editor(analysis.graph)
+    for node in analysis.nodes():
+        if any(name in plan.present for name in node.outputs):
+            _Site(analysis, plan, editor, node).rewrite()
+    return editor.export({name: _extents(kept) for name, kept in plan.kept.items()})
+
+
+def _extents(kept: Kept) -> list[int | None]:
+    return [None if mask is None else int(np.count_nonzero(mask)) for mask in kept]
+
+
+def plan_view(analysis: Analysis, plan: Plan, node: Node) -> View:
+    """A node as its rule sees it once the plan is made."""
+    view = analysis.view(node)
+    view.kept.update(plan.constants.get(node.index, {}))
+    for slot, name in enumerate((*node.inputs, *node.captured)):
+        if slot not in view.kept and name in plan.kept:
+            view.kept[slot] = plan.kept[name]
+    for index, name in enumerate(node.outputs):
+        if name in plan.kept:
+            view.kept[-1 - index] = plan.kept[name]
+    view.folds.update(plan.folds.get(node.index, {}))
+    return view
+
+
+def taken(array: Array, kept: Kept) -> Array:
+    """`array` with every axis cut to what is kept; a compressed axis stays as it is."""
+    for axis, mask in enumerate(kept):
+        if mask is not None and array.shape[axis] == mask.size and not mask.all():
+            array = array.compress(mask, axis=axis)
+    return array
+
+
+class _Site:
+    """One node being rewritten."""
+
+    def __init__(self, analysis: Analysis, plan: Plan, editor: Editor, node: Node) -> None:
+        self.editor = editor
+        self.plan = plan
+        self.node = node
+        self.view = plan_view(analysis, plan, node)
+        self.rule = analysis.rules[node.index]
+        self.relation: Relation = analysis.relations[node.index]
+        self.target = editor.find(node)
+
+    def rewrite(self) -> None:
+        rewrite = self.rule.rewrite(self.view) if self.rule is not None and self.rule.rewrite else Rewrite()
+        self._slice_constants(set(rewrite.constants))
+        for slot, value in rewrite.constants.items():
+            self._replace(slot, value)
+        for slot, (mask, value) in rewrite.partly.items():
+            self._overlay(slot, mask, value)
+        self.editor.set_attributes(self.target, rewrite.attributes)
+        self._drop_absent()
+        self._correct(rewrite)
+        if rewrite.bypass is not None:
+            self.editor.bypass(self.target, rewrite.bypass)
+
+    def _slice_constants(self, replaced: set[int]) -> None:
+        frozen = self.plan.frozen.get(self.node.index, {})
+        for slot, kept in self.plan.constants.get(self.node.index, {}).items():
+            operand = self.view.inputs[slot]
+            if slot in replaced or operand is None or slot >= len(self.node.inputs):
+                continue
+            if slot in frozen:
+                value = np.ascontiguousarray(taken(frozen[slot], kept))
+                self._connect(slot, operand, lambda value=value: value, None)
+            elif any(mask is not None and not mask.all() for mask in kept):
+                key = (operand.name, tuple(None if m is None else m.tobytes() for m in kept))
+                self._connect(slot, operand, lambda o=operand, k=kept: taken(_array(o), k), key)
+
+    def _connect(self, slot: int, operand: Operand, read: Callable[[], Array], key: Any) -> None:
+        tensor = self.editor.constant(f"{operand.name}_shrunk", read, key)
+        self.editor.set_input(self.target, slot, tensor)
+
+    def _replace(self, slot: int, value: Array | Callable[[], Array]) -> None:
+        operand = self.view.input(slot)
+        name = operand.name if operand is not None else f"{self.node.outputs[0]}_input{slot}"
+        read = value if callable(value) else lambda: value
+        self.editor.set_input(self.target, slot, self.editor.constant(f"{name}_shrunk", read))
+
+    def _overlay(self, slot: int, mask: Array, value: Array) -> None:
+        """Give some elements of a computed input a fixed value."""
+        operand = self.view.data(slot)
+        wanted = self.editor.constant(f"{operand.name}_fixed", lambda: mask)
+        values = self.editor.constant(f"{operand.name}_values", lambda: value)
+        self.editor.before(self.target, slot, "Where", [wanted, values], position=2)
+
+    def _drop_absent(self) -> None:
+        """Leave out inputs and outputs that keep nothing on the axis along which they are joined."""
+        gone = [
+            slot
+            for slot, axis in joined_inputs(self.relation).items()
+            if (mask := self.view.kept[slot][axis]) is not None and not mask.any()
+        ]
+        self.editor.drop_inputs(self.target, gone)
+        if len(self.relation.links) and len(self.node.outputs) > 1:
+            absent = [i for i, name in enumerate(self.node.outputs) if name not in self.plan.present]
+            self.editor.drop_outputs(self.target, absent)
+
+    def _correct(self, rewrite: Rewrite) -> None:
+        if rewrite.fixed is not None:
+            mask, value = rewrite.fixed
+            name = self.node.outputs[0]
+            wanted = self.editor.constant(f"{name}_fixed", lambda: mask)
+            values = self.editor.constant(f"{name}_values", lambda: value)
+            self.editor.after(self.target, 0, "Where", [wanted, values], position=2)
+        if rewrite.add is not None:
+            self._operate("Add", rewrite.add)
+        if rewrite.multiply is not None:
+            self._operate("Mul", rewrite.multiply)
+
+    def _operate(self, op: str, value: Array) -> None:
+        name = f"{self.node.outputs[0]}_{op.lower()}"
+        self.editor.after(self.target, 0, op, [self.editor.constant(name, lambda: value)])
+
+
+def _array(operand: Operand) -> Array:
+    assert operand.constant is not None
+    return operand.constant.array()

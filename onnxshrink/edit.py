@@ -1,0 +1,303 @@
+"""Editing a model's graph: the only module that imports onnx_graphsurgeon.
+
+graph-surgeon gets the wiring alone (nodes and tensor names, no attributes, no weights), rewires it and drops what
+nothing uses. Attributes, metadata, doc strings and weights stay in their protos and are put back on export, since
+graph-surgeon's own round trip would lose some of them and break four-bit types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from onnxshrink.graph import Graph, Node
+from onnxshrink.weights import Array, read_tensor
+
+Read = Callable[[], Array]
+
+
+@dataclass
+class _Edit:
+    """What changes at a node besides its wiring."""
+
+    proto: onnx.NodeProto
+    captured: int = 0
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+class Editor:
+    """A model being changed. Nothing happens to the graph it was made from."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        G_LOGGER.severity = G_LOGGER.CRITICAL
+        self._wiring = gs.import_onnx(_wiring_model(graph))
+        self._edits: dict[int, _Edit] = {}
+        self._by_output: dict[str, gs.Node] = {}
+        for node, proto in zip(self._wiring.nodes, graph.skeleton.graph.node, strict=True):
+            captured = len(node.inputs) - len(proto.input)
+            self._edits[id(node)] = _Edit(proto, captured)
+            for name in proto.output:
+                if name:
+                    self._by_output[name] = node
+        self._tensors: dict[str, gs.Tensor] = self._wiring.tensors()
+        self._arrays: dict[str, Read] = {}
+        self._shared: dict[Any, gs.Tensor] = {}
+        self._names = set(self._tensors)
+
+    # --- finding ------------------------------------------------------------------------------------------------
+
+    def find(self, node: Node) -> gs.Node:
+        """graph-surgeon's node for a node of the graph."""
+        return self._by_output[next(name for name in node.outputs if name)]
+
+    def _name(self, wish: str) -> str:
+        name, number = wish, 0
+        while name in self._names:
+            number += 1
+            name = f"{wish}_{number}"
+        self._names.add(name)
+        return name
+
+    # --- changing -----------------------------------------------------------------------------------------------
+
+    def constant(self, wish: str, read: Read, key: Any = None) -> gs.Tensor:
+        """A new constant tensor, read when the model is exported; one and the same for equal keys."""
+        if key is not None and key in self._shared:
+            return self._shared[key]
+        tensor = gs.Variable(self._name(wish))
+        self._arrays[tensor.name] = read
+        if key is not None:
+            self._shared[key] = tensor
+        return tensor
+
+    def set_input(self, node: gs.Node, slot: int, tensor: gs.Tensor) -> None:
+        """Connect an input, adding omitted ones before it where needed."""
+        formal = len(node.inputs) - self._edits[id(node)].captured
+        while formal <= slot:
+            node.inputs.insert(formal, gs.Variable.empty())
+            formal += 1
+        node.inputs[slot] = tensor
+
+    def drop_inputs(self, node: gs.Node, slots: Iterable[int]) -> None:
+        """Take inputs away; those behind move up."""
+        for slot in sorted(slots, reverse=True):
+            del node.inputs[slot]
+
+    def drop_outputs(self, node: gs.Node, indices: Iterable[int]) -> None:
+        """Take outputs away; those behind move up."""
+        for index in sorted(indices, reverse=True):
+            del node.outputs[index]
+
+    def set_attributes(self, node: gs.Node, values: Mapping[str, Any]) -> None:
+        """Change attributes; None removes one."""
+        self._edits[id(node)].attributes.update(values)
+
+    def after(self, node: gs.Node, output: int, op: str, operands: list[gs.Tensor], position: int = 0) -> gs.Node:
+        """Insert a node between an output and all its readers; the output's name goes to the new node's output."""
+        tensor = node.outputs[output]
+        raw = gs.Variable(self._name(f"{tensor.name}_raw"))
+        node.outputs[output] = raw
+        inputs = list(operands)
+        inputs.insert(position, raw)
+        return self._insert(op, inputs, tensor, self._position(node) + 1, node)
+
+    def before(self, node: gs.Node, slot: int, op: str, operands: list[gs.Tensor], position: int = 0) -> gs.Node:
+        """Insert a node between a tensor and one input."""
+        tensor = node.inputs[slot]
+        made = gs.Variable(self._name(f"{tensor.name}_{op.lower()}"))
+        inputs = list(operands)
+        inputs.insert(position, tensor)
+        new = self._insert(op, inputs, made, self._position(node), node)
+        node.inputs[slot] = made
+        return new
+
+    def _position(self, node: gs.Node) -> int:
+        return next(index for index, other in enumerate(self._wiring.nodes) if other is node)
+
+    def _insert(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, position: int, near: gs.Node) -> gs.Node:
+        name = f"{near.name or near.op}_{op.lower()}"
+        node = gs.Node(op, name, inputs=inputs, outputs=[output])
+        self._wiring.nodes.insert(position, node)
+        self._edits[id(node)] = _Edit(onnx.NodeProto(op_type=op, name=name))
+        return node
+
+    def bypass(self, node: gs.Node, slot: int) -> None:
+        """Let the readers of a node's output read one of its inputs. The name of a model output stays."""
+        source, output = node.inputs[slot], node.outputs[0]
+        if any(output is value for value in self._wiring.outputs) or self._is_captured(output):
+            return
+        for reader in list(output.outputs):
+            for index, tensor in enumerate(reader.inputs):
+                if tensor is output:
+                    reader.inputs[index] = source
+
+    def _is_captured(self, tensor: gs.Tensor) -> bool:
+        return any(
+            tensor is value
+            for reader in tensor.outputs
+            for value in reader.inputs[len(reader.inputs) - self._edits[id(reader)].captured :]
+        )
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    def export(self, extents: Mapping[str, list[int | None]]) -> onnx.ModelProto:
+        """The changed model.
+
+        Args:
+            extents: new extents per computed tensor, for its value_info; None leaves an axis as it was.
+        """
+        self._wiring.cleanup(remove_unused_graph_inputs=False)
+        skeleton = self._graph.skeleton
+        model = onnx.ModelProto()
+        for descriptor, value in skeleton.ListFields():
+            if descriptor.name != "graph":
+                _assign(model, descriptor.name, value)
+        for descriptor, value in self._graph.proto.graph.ListFields():
+            if descriptor.name not in ("node", "initializer", "sparse_initializer", "value_info", "input"):
+                _assign(model.graph, descriptor.name, value)
+        nodes = [self._node_proto(node) for node in self._wiring.nodes]
+        read = {name for node in nodes for name in (*node.input, *_captured(node))}
+        read |= set(self._graph.outputs)
+        renamed = self._restore_names(read)
+        for node in nodes:
+            for index, name in enumerate(node.input):
+                if name in renamed:
+                    node.input[index] = renamed[name]
+        model.graph.node.extend(self._constant_nodes(read, nodes, renamed))
+        model.graph.node.extend(nodes)
+        self._export_weights(model, read, renamed)
+        self._export_inputs(model)
+        self._export_value_info(model, extents)
+        return model
+
+    def _restore_names(self, read: set[str]) -> dict[str, str]:
+        """A changed weight takes back the name of the weight that it stands for, when that one is gone."""
+        renamed: dict[str, str] = {}
+        taken: set[str] = set()
+        for name in self._arrays:
+            wish = name.rpartition("_shrunk")[0]
+            if name in read and wish in self._graph.constants and wish not in read and wish not in taken:
+                renamed[name] = wish
+                taken.add(wish)
+        return renamed
+
+    def _node_proto(self, node: gs.Node) -> onnx.NodeProto:
+        edit = self._edits[id(node)]
+        proto = onnx.NodeProto()
+        proto.CopyFrom(edit.proto)
+        del proto.input[:]
+        del proto.output[:]
+        proto.input.extend(tensor.name for tensor in node.inputs[: len(node.inputs) - edit.captured])
+        proto.output.extend(tensor.name for tensor in node.outputs)
+        for name, value in edit.attributes.items():
+            kept = [attribute for attribute in proto.attribute if attribute.name != name]
+            del proto.attribute[:]
+            proto.attribute.extend(kept)
+            if value is not None:
+                proto.attribute.append(onnx.helper.make_attribute(name, value))
+        return proto
+
+    def _constant_nodes(
+        self, read: set[str], nodes: list[onnx.NodeProto], renamed: Mapping[str, str]
+    ) -> list[onnx.NodeProto]:
+        """`Constant` nodes whose weights were left out of the skeleton."""
+        there = {name for node in nodes for name in node.output} | set(renamed.values())
+        return [
+            node
+            for node in self._graph.proto.graph.node
+            if node.op_type == "Constant" and node.output[0] in read and node.output[0] not in there
+        ]
+
+    def _export_weights(self, model: onnx.ModelProto, read: set[str], renamed: Mapping[str, str]) -> None:
+        replaced = set(renamed.values())
+        overridable = {value.name for value in self._graph.proto.graph.input} - set(self._graph.constants)
+        for tensor in self._graph.proto.graph.initializer:
+            if (tensor.name in read or tensor.name in overridable) and tensor.name not in replaced:
+                self._append_weight(model, tensor)
+        for sparse in self._graph.proto.graph.sparse_initializer:
+            if sparse.values.name in read:
+                model.graph.sparse_initializer.append(sparse)
+        for name, array in self._arrays.items():
+            if name in read:
+                target = model.graph.initializer.add()
+                target.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array()), renamed.get(name, name)))
+
+    def _append_weight(self, model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+        target = model.graph.initializer.add()
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            target.CopyFrom(onnx.numpy_helper.from_array(read_tensor(tensor, self._graph.folder), tensor.name))
+        else:
+            target.CopyFrom(tensor)
+
+    def _export_inputs(self, model: onnx.ModelProto) -> None:
+        """The interface as it was; before IR version 4 every initializer is listed among the inputs too."""
+        weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        listed = set()
+        for value in self._graph.proto.graph.input:
+            if value.name in self._graph.constants and value.name not in weights:
+                continue
+            copy = model.graph.input.add()
+            copy.CopyFrom(value)
+            listed.add(value.name)
+            if value.name in self._graph.constants:
+                _set_dims(copy, list(weights[value.name].dims))
+        if self._graph.proto.ir_version < 4:
+            for name, tensor in weights.items():
+                if name not in listed:
+                    info = onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+                    model.graph.input.append(info)
+
+    def _export_value_info(self, model: onnx.ModelProto, extents: Mapping[str, list[int | None]]) -> None:
+        made = {name for node in model.graph.node for name in node.output}
+        for value in self._graph.proto.graph.value_info:
+            if value.name not in made:
+                continue
+            copy = model.graph.value_info.add()
+            copy.CopyFrom(value)
+            if value.name in extents:
+                _set_dims(copy, extents[value.name])
+
+
+def _set_dims(value: onnx.ValueInfoProto, extents: list[int | None] | list[int]) -> None:
+    if not value.type.tensor_type.HasField("shape"):
+        return
+    for dim, extent in zip(value.type.tensor_type.shape.dim, extents, strict=True):
+        if extent is not None and dim.HasField("dim_value"):
+            dim.dim_value = extent
+
+
+def _assign(target: Any, name: str, value: Any) -> None:
+    if isinstance(value, (str, bytes, int, float)):
+        setattr(target, name, value)
+    elif hasattr(value, "CopyFrom") and not hasattr(value, "extend"):
+        getattr(target, name).CopyFrom(value)
+    else:
+        getattr(target, name).MergeFrom(value)
+
+
+def _captured(node: onnx.NodeProto) -> tuple[str, ...]:
+    return Node(0, node, 0).captured
+
+
+def _wiring_model(graph: Graph) -> onnx.ModelProto:
+    """Nodes and names alone; what subgraphs capture stands as further inputs of their node."""
+    source = graph.skeleton.graph
+    model = onnx.ModelProto(ir_version=graph.skeleton.ir_version)
+    model.opset_import.extend(graph.skeleton.opset_import)
+    model.graph.name = source.name or "graph"
+    for proto in source.node:
+        node = model.graph.node.add()
+        node.op_type, node.name, node.domain = proto.op_type, proto.name, proto.domain
+        node.input.extend((*proto.input, *_captured(proto)))
+        node.output.extend(proto.output)
+    names = {value.name for value in source.input} | {tensor.name for tensor in source.initializer}
+    model.graph.input.extend(onnx.ValueInfoProto(name=name) for name in names)
+    model.graph.output.extend(onnx.ValueInfoProto(name=value.name) for value in source.output)
+    return model

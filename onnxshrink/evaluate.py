@@ -1,0 +1,98 @@
+"""Run one node on given values: onnxruntime first, since its answer is the one that counts, else onnx's reference."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxshrink.weights import Array
+
+_IR_VERSION = 10
+_CACHE_SIZE = 512
+_sessions: OrderedDict[bytes, Any] = OrderedDict()
+
+
+def _one_node_model(node: onnx.NodeProto, opsets: Sequence[tuple[str, int]], inputs: Sequence[Array | None]) -> bytes:
+    bare = onnx.NodeProto()
+    bare.op_type, bare.domain = node.op_type, node.domain
+    bare.attribute.extend(node.attribute)
+    values = []
+    for index, array in enumerate(inputs):
+        bare.input.append("" if array is None else f"i{index}")
+        if array is not None:
+            code = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            values.append(onnx.helper.make_tensor_value_info(f"i{index}", code, [None] * array.ndim))
+    results = []
+    for index, name in enumerate(node.output):
+        bare.output.append(f"o{index}" if name else "")
+        if name:
+            results.append(onnx.ValueInfoProto(name=f"o{index}"))
+    graph = onnx.helper.make_graph([bare], "one", values, results)
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=_IR_VERSION)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _session(model: bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _runner(model: bytes) -> Any:
+    """A cached session, or None when onnxruntime cannot run the operator on these types."""
+    if model in _sessions:
+        _sessions.move_to_end(model)
+        return _sessions[model]
+    try:
+        session = _session(model)
+    except Exception:
+        # onnxruntime has no narrower base class for "cannot build a session": whatever it says, there is none.
+        session = None
+    _sessions[model] = session
+    if len(_sessions) > _CACHE_SIZE:
+        _sessions.popitem(last=False)
+    return session
+
+
+def evaluate(
+    node: onnx.NodeProto, opsets: Sequence[tuple[str, int]], inputs: Sequence[Array | None]
+) -> list[Array] | None:
+    """Outputs of `node` on `inputs` (None for one left out); None when nothing here can run it.
+
+    Args:
+        node: the node; its subgraphs must not read outer tensors.
+        opsets: pairs of domain and version.
+        inputs: values by position.
+    """
+    model = _one_node_model(node, opsets, inputs)
+    feeds = {f"i{index}": np.ascontiguousarray(array) for index, array in enumerate(inputs) if array is not None}
+    feeds = {name: feed.reshape(inputs[int(name[1:])].shape) for name, feed in feeds.items()}  # type: ignore[union-attr]
+    session = _runner(model)
+    if session is not None:
+        try:
+            return [np.asarray(value) for value in session.run(None, feeds)]
+        except Exception:
+            # Values that the kernel refuses (a type, a zero extent): the reference may still know.
+            pass
+    return _reference(model, feeds)
+
+
+def _reference(model: bytes, feeds: dict[str, Array]) -> list[Array] | None:
+    from onnx.reference import ReferenceEvaluator
+
+    try:
+        with np.errstate(all="ignore"):
+            results = ReferenceEvaluator(onnx.ModelProto.FromString(model)).run(None, feeds)
+    except Exception:
+        # The reference raises whatever numpy raises; a node that cannot be run is simply not known.
+        return None
+    return [np.asarray(value) for value in results]

@@ -1,0 +1,167 @@
+"""Forward and backward rules that whole families of operators share. No operator is named here."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from onnxshrink.facts import Known, everything, nothing, partial
+from onnxshrink.notation import Relation, transfer
+from onnxshrink.view import Operand, View
+from onnxshrink.weights import Array, BoolArray
+
+# A node is run on full-size values only where that is cheap.
+_RUN_ELEMENTS = 1 << 16
+
+
+def _fill_unknown(known: Known) -> Array:
+    """Values with ones where nothing is known, so that no kernel divides by zero."""
+    if known.everything:
+        return known.value
+    return np.where(known.mask, known.value, np.ones((), known.value.dtype))
+
+
+def _present(view: View) -> list[Operand]:
+    return [operand for operand in view.inputs if operand is not None]
+
+
+def pointwise(view: View) -> list[Known | None]:
+    """Outputs known where every input is: the operator itself, run on compressed values."""
+    masks = [operand.known.mask for operand in _present(view)]
+    mask = reduce(np.logical_and, masks)
+    rank = view.output().rank
+    if not mask.any():
+        return [None] * len(view.outputs)
+    values = view.run([None if operand is None else _fill_unknown(operand.known) for operand in view.inputs])
+    if values is None:
+        return [None] * len(view.outputs)
+    mask = mask.reshape((1,) * (rank - mask.ndim) + mask.shape)
+    return [partial(mask, value.reshape((1,) * (rank - value.ndim) + value.shape)) for value in values]
+
+
+def product(view: View) -> list[Known | None]:
+    """As `pointwise`, and zero where any factor is known to be zero."""
+    (found,) = pointwise(view)
+    output = view.output()
+    zeros = [operand.zero() for operand in _present(view)]
+    zero: BoolArray = reduce(np.logical_or, zeros)
+    if not zero.any():
+        return [found]
+    zero = zero.reshape((1,) * (output.rank - zero.ndim) + zero.shape)
+    base = found or nothing(output.rank, output.dtype)
+    value = np.where(zero, np.zeros((), base.value.dtype), base.value)
+    return [partial(base.mask | zero, value)]
+
+
+def layout(view: View) -> list[Known | None]:
+    """Outputs made of elements of the first input, moved as the relation says."""
+    return [
+        moved(view.relation, view.data().known, 0, -1 - index) if operand is not None else None
+        for index, operand in enumerate(view.outputs)
+    ]
+
+
+def moved(relation: Relation | None, known: Known, source: int, target: int) -> Known | None:
+    """A fact carried from one operand to another by a relation without reduced factors."""
+    assert relation is not None
+    if not known.anything:
+        return None
+    return partial(transfer(relation, known.mask, source, target), carry(relation, known.value, source, target))
+
+
+def carry(relation: Relation, value: Array, source: int, target: int) -> Array:
+    """Values carried from one operand to another."""
+    return transfer(relation, value, source, target, reduce=_first, fill=value.dtype.type(0))
+
+
+def _first(array: Array, axis: tuple[int, ...]) -> Array:
+    return array[tuple(0 if index in axis else slice(None) for index in range(array.ndim))]
+
+
+def whole(view: View) -> list[Known | None]:
+    """Outputs known when all inputs are, by running the operator on them at full size."""
+    unknown: list[Known | None] = [None] * len(view.outputs)
+    values = [None if operand is None else operand.value() for operand in view.inputs]
+    if any(o is not None and v is None for o, v in zip(view.inputs, values, strict=True)):
+        return unknown
+    if sum(v.size for v in values if v is not None) > _RUN_ELEMENTS or _large(view):
+        return unknown
+    results = view.run(values)
+    if results is None:
+        return unknown
+    found = iter(results)
+    return [
+        None if o is None else partial(everything(value.ndim), value)
+        for o in view.outputs
+        for value in ([next(found)] if o is not None else [np.zeros(0)])
+    ]
+
+
+def _large(view: View) -> bool:
+    for operand in view.outputs:
+        if operand is None:
+            continue
+        if operand.shape is None or not all(isinstance(extent, int) for extent in operand.shape):
+            return True
+        if int(np.prod(operand.shape, dtype=np.int64)) > _RUN_ELEMENTS:
+            return True
+    return False
+
+
+def needed_by_relation(view: View) -> list[BoolArray | None]:
+    """Elements of the inputs that reach a live element of an output, as the relation says.
+
+    A pinned factor mixes its indices: if one is needed, all are.
+    """
+    relation = view.relation
+    assert relation is not None
+    result: list[BoolArray | None] = []
+    live = [(-1 - i, view.live(i)) for i, o in enumerate(view.outputs) if o is not None]
+    for slot, operand in enumerate(view.inputs):
+        result.append(None if operand is None else _reach(relation, slot, operand, live))
+    return result
+
+
+def _reach(relation: Relation, slot: int, operand: Operand, live: list[tuple[int, BoolArray]]) -> BoolArray:
+    if relation.spec(slot) is None:
+        return everything(operand.rank) & any(mask.any() for _, mask in live)
+    found: BoolArray = ~everything(operand.rank)
+    for output, mask in live:
+        if relation.spec(output) is None:
+            found = found | bool(mask.any())
+        elif mask.any():
+            found = found | transfer(relation, mask, output, slot)
+    return spread(relation, slot, found)
+
+
+def spread(relation: Relation, slot: int, mask: BoolArray) -> BoolArray:
+    """`mask` with "any" along every axis that has a pinned factor."""
+    spec = relation.spec(slot) or ()
+    axes = tuple(a for a, factors in enumerate(spec) if mask.shape[a] > 1 and relation.pinned & set(factors))
+    return mask.any(axis=axes, keepdims=True) if axes else mask
+
+
+def factors_of(view: View, *slots: int) -> list[BoolArray | None]:
+    """`needed_by_relation` for a product of `slots`: an element multiplied by a known zero is not needed."""
+    needed = needed_by_relation(view)
+    relation = view.relation
+    assert relation is not None
+    for slot in slots:
+        mask = needed[slot]
+        for other in slots:
+            operand = view.input(other)
+            if other == slot or mask is None or operand is None:
+                continue
+            zero = operand.zero()
+            if zero.any():
+                live = view.live() & ~transfer(relation, zero, other, -1)
+                mask = mask & transfer(relation, live, -1, slot)
+        needed[slot] = mask
+    return needed
+
+
+def same(value: Any) -> Any:
+    """The argument itself."""
+    return value

@@ -1,0 +1,288 @@
+"""A thin typed view of an ONNX model: nodes, tensors, constants. Nothing here changes a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError, Message
+
+from onnxshrink.errors import InputError
+from onnxshrink.weights import Constant, external_file, read_tensor, tensor_dtype
+
+Dim = int | str | None
+Shape = tuple[Dim, ...]
+ModelLike = str | os.PathLike[str] | onnx.ModelProto
+
+# Larger constants are left out of the skeleton: shape inference needs the small integer ones only.
+_INLINE_ELEMENTS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One node of the main graph. `version` is the opset of its domain; "" stands for the default domain."""
+
+    index: int
+    proto: onnx.NodeProto = field(repr=False)
+    version: int
+
+    @property
+    def op(self) -> str:
+        """Operator type."""
+        return self.proto.op_type
+
+    @cached_property
+    def domain(self) -> str:
+        """Operator domain, "" for the default one."""
+        return "" if self.proto.domain == "ai.onnx" else self.proto.domain
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs; an omitted optional input is ""."""
+        return tuple(self.proto.input)
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs; an omitted optional output is ""."""
+        return tuple(self.proto.output)
+
+    @cached_property
+    def captured(self) -> tuple[str, ...]:
+        """Names of outer tensors that the node's subgraphs read."""
+        found: dict[str, None] = {}
+        for graph in subgraphs(self.proto):
+            for name in sorted(outer_names(graph)):
+                found[name] = None
+        return tuple(found)
+
+    @cached_property
+    def attributes(self) -> Mapping[str, Any]:
+        """Attribute values by name; subgraphs and tensors as protos."""
+        return {a.name: onnx.helper.get_attribute_value(a) for a in self.proto.attribute if not a.ref_attr_name}
+
+    @cached_property
+    def label(self) -> str:
+        """What messages call the node: its name, or its operator and first output."""
+        return self.proto.name or f"{self.op}({self.outputs[0] if self.outputs else self.index})"
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Every graph among the attributes of `node`."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def outer_names(graph: onnx.GraphProto) -> set[str]:
+    """Names that `graph` reads and does not define."""
+    defined = {value.name for value in (*graph.input, *graph.initializer)}
+    defined |= {sparse.values.name for sparse in graph.sparse_initializer}
+    read = {value.name for value in graph.output}
+    for node in graph.node:
+        read.update(node.input)
+        for inner in subgraphs(node):
+            read |= outer_names(inner)
+        defined.update(node.output)
+    return read - defined - {""}
+
+
+def _copy_fields(source: Message, target: Message, leave: frozenset[str]) -> None:
+    for descriptor, value in source.ListFields():
+        if descriptor.name in leave:
+            continue
+        if isinstance(value, Message):
+            getattr(target, descriptor.name).CopyFrom(value)
+        elif isinstance(value, (str, bytes, int, float)):
+            setattr(target, descriptor.name, value)
+        else:
+            getattr(target, descriptor.name).MergeFrom(value)
+
+
+def _elements(tensor: onnx.TensorProto) -> int:
+    return int(np.prod(tensor.dims, dtype=np.int64))
+
+
+def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The dense value of a `Constant` node, whichever attribute holds it."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.attribute) != 1:
+        return None
+    attribute = node.attribute[0]
+    if attribute.name == "value":
+        return attribute.t
+    value = onnx.helper.get_attribute_value(attribute)
+    types = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    if attribute.name not in types:
+        return None
+    return onnx.numpy_helper.from_array(np.asarray(value, types[attribute.name]))
+
+
+def _as_input(name: str, tensor: onnx.TensorProto) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
+
+
+def make_skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without large weights: each stands as a graph input, so that checking and inference still work."""
+    skeleton = onnx.ModelProto()
+    _copy_fields(model, skeleton, frozenset({"graph"}))
+    _copy_fields(model.graph, skeleton.graph, frozenset({"node", "initializer"}))
+    inputs = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if _elements(tensor) <= _INLINE_ELEMENTS and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            skeleton.graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            skeleton.graph.input.append(_as_input(tensor.name, tensor))
+    for node in model.graph.node:
+        value = _constant_tensor(node)
+        if value is not None and _elements(value) > _INLINE_ELEMENTS:
+            skeleton.graph.input.append(_as_input(node.output[0], value))
+        else:
+            skeleton.graph.node.append(node)
+    return skeleton
+
+
+def load_proto(model: ModelLike) -> tuple[onnx.ModelProto, Path | None]:
+    """The model without its external data, and the folder of the file. Raises InputError."""
+    if isinstance(model, onnx.ModelProto):
+        return model, None
+    path = Path(model)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except DecodeError:
+        raise InputError(f"{path}: not an ONNX file, or truncated") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if not proto.HasField("graph"):
+        raise InputError(f"{path}: not an ONNX file: it holds no graph")
+    return proto, path.parent
+
+
+def _check_storage(model: onnx.ModelProto, folder: Path | None) -> None:
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            if folder is None:
+                raise InputError(f"{tensor.name!r} has external data that is not loaded; give the model as a file")
+            external_file(tensor, folder)
+        elif tensor.HasField("raw_data"):
+            try:
+                onnx.checker.check_tensor(tensor)
+            except onnx.checker.ValidationError as error:
+                raise InputError(f"invalid model: initializer {tensor.name!r}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _type_of(value: onnx.ValueInfoProto) -> tuple[Shape | None, int]:
+    tensor = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
+        return None, tensor.elem_type if value.type.HasField("tensor_type") else 0
+    dims: list[Dim] = []
+    for dim in tensor.shape.dim:
+        dims.append(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None)
+    return tuple(dims), tensor.elem_type
+
+
+class Graph:
+    """The main graph of a model, read-only: its nodes in order, and for each tensor its shape, type and constant.
+
+    Args:
+        model: a path or a `ModelProto`, which is not changed.
+
+    Raises:
+        InputError: a missing, truncated or invalid file, or external data that is missing or outside its folder.
+    """
+
+    def __init__(self, model: ModelLike) -> None:
+        self.proto, self.folder = load_proto(model)
+        _check_storage(self.proto, self.folder)
+        skeleton = make_skeleton(self.proto)
+        try:
+            onnx.checker.check_model(skeleton)
+        except onnx.checker.ValidationError as error:
+            raise InputError(f"invalid model: {_first_line(error)}") from None
+        if self.proto.functions:
+            skeleton = onnx.inliner.inline_local_functions(skeleton)
+        self.skeleton = skeleton
+        self.constants: dict[str, Constant] = {}
+        self._collect_constants()
+        self.opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in skeleton.opset_import}
+        self.nodes = self._make_nodes()
+        self.inputs = self._interface()
+        self.outputs = tuple(value.name for value in skeleton.graph.output)
+        self._types = self._infer_types()
+
+    def _interface(self) -> tuple[str, ...]:
+        return tuple(value.name for value in self.proto.graph.input if value.name not in self.constants)
+
+    def _collect_constants(self) -> None:
+        # From IR version 4 on, an initializer that is also an input may be replaced by the caller.
+        overridable = {v.name for v in self.proto.graph.input} if self.proto.ir_version >= 4 else set()
+        for tensor in self.proto.graph.initializer:
+            if tensor.name not in overridable:
+                self._add_constant(tensor.name, tensor)
+        for node in (*self.proto.graph.node, *self.skeleton.graph.node):
+            value = _constant_tensor(node)
+            if value is not None and node.output[0] not in self.constants:
+                self._add_constant(node.output[0], value)
+
+    def _add_constant(self, name: str, tensor: onnx.TensorProto) -> None:
+        if tensor.data_type == onnx.TensorProto.STRING:
+            return
+        folder = self.folder
+        self.constants[name] = Constant(
+            name, tuple(tensor.dims), tensor_dtype(tensor), lambda: read_tensor(tensor, folder)
+        )
+
+    def _make_nodes(self) -> list[Node]:
+        nodes = []
+        for proto in self.skeleton.graph.node:
+            if proto.op_type == "Constant" and proto.output[0] in self.constants:
+                continue
+            version = self.opsets.get("" if proto.domain == "ai.onnx" else proto.domain, 1)
+            nodes.append(Node(len(nodes), proto, version))
+        return nodes
+
+    def _infer_types(self) -> dict[str, tuple[Shape | None, int]]:
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self.skeleton, data_prop=True)
+        except Exception as error:
+            # Inference is a help, not a need: what it cannot name is kept whole.
+            if not isinstance(error, (onnx.shape_inference.InferenceError, RuntimeError, ValueError)):
+                raise
+            inferred = self.skeleton
+        graph = inferred.graph
+        return {v.name: _type_of(v) for v in (*graph.value_info, *graph.input, *graph.output)}
+
+    def shape(self, name: str) -> Shape | None:
+        """Extents of a tensor: a number, a symbol or None per axis; None when the rank is unknown."""
+        constant = self.constants.get(name)
+        if constant is not None:
+            return constant.shape
+        return self._types.get(name, (None, 0))[0]
+
+    def dtype(self, name: str) -> np.dtype[Any] | None:
+        """Element type of a tensor, None when unknown or not numeric."""
+        constant = self.constants.get(name)
+        if constant is not None:
+            return constant.dtype
+        code = self._types.get(name, (None, 0))[1]
+        if code in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
+            return None
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(code))
+
+    def element_type(self, name: str) -> int:
+        """Element type of a tensor as ONNX numbers it, 0 when unknown."""
+        constant = self.constants.get(name)
+        if constant is not None:
+            return int(onnx.helper.np_dtype_to_tensor_dtype(constant.dtype))
+        return self._types.get(name, (None, 0))[1]

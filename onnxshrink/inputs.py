@@ -1,0 +1,419 @@
+"""Random inputs that a model accepts: indices below their table's extent, masks of ones and zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import inliner, numpy_helper, shape_inference
+
+from .errors import InputError
+
+Array = npt.NDArray[Any]
+Feed = dict[str, Any]
+Run = Callable[[Feed], list[Any]]
+Size = int | str
+Kind = Literal["plain", "positive", "mask", "index", "choice"]
+Axis = Literal["batch", "channel", "height", "width", "length"]
+
+# Larger constants are weights: only their shape matters here.
+_SMALL = 1024
+
+# Operators whose output only holds (some of the) elements of these operands, perhaps cast, repeated or moved.
+_DATA_OPERANDS: dict[str, tuple[int, ...]] = {
+    "Concat": tuple(range(64)), "Where": (1, 2), "Cast": (0,), "CastLike": (0,), "Reshape": (0,), "Unsqueeze": (0,),
+    "Squeeze": (0,), "Identity": (0,), "Transpose": (0,), "Flatten": (0,), "Expand": (0,), "Slice": (0,), "Tile": (0,),
+    "Split": (0,), "Pad": (0,), "Clip": (0,), "Dropout": (0,), "Gather": (0,), "GatherElements": (0,), "GatherND": (0,),
+}  # fmt: skip
+
+# (operator, operand) -> (operand that is indexed, its axis as an attribute name with a default, or a fixed axis).
+_INDEXES: dict[tuple[str, int], tuple[int, tuple[str, int] | int]] = {
+    ("Gather", 1): (0, ("axis", 0)),
+    ("GatherElements", 1): (0, ("axis", 0)),
+    ("GatherBlockQuantized", 1): (0, ("gather_axis", 0)),
+    ("GatherND", 1): (0, ("batch_dims", 0)),
+    ("Scatter", 1): (0, ("axis", 0)),
+    ("ScatterElements", 1): (0, ("axis", 0)),
+    ("ScatterND", 1): (0, 0),
+    ("ArrayFeatureExtractor", 1): (0, -1),
+    ("EmbedLayerNormalization", 0): (2, 0),
+    ("EmbedLayerNormalization", 1): (4, 0),
+}
+
+
+class RunError(Exception):
+    """onnxruntime could not run a model on the given inputs; the message is its first line."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One graph input and how to draw it: `index` below `bound`, `choice` among `values`, and so on."""
+
+    name: str
+    element: int
+    dims: tuple[Size, ...] | None
+    kind: Kind = "plain"
+    bound: Size = 0
+    values: tuple[int, ...] = ()
+    wrapper: str = ""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy type to feed; bfloat16, which numpy lacks, is fed as float32 and rounded at the runtime's door."""
+        if self.element == onnx.TensorProto.BFLOAT16:
+            return np.dtype(np.float32)
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self.element))
+
+
+# ------------------------------------------------------------------------------------------------ reading the model
+
+
+def describe(model: onnx.ModelProto) -> list[Input]:
+    """The inputs that a caller must feed (initializers that are also inputs have their value already).
+
+    The data of large initializers is not read and may be missing.
+    """
+    reader = _Reader(_with_shapes(model))
+    return [reader.input(value) for value in fed(model.graph)]
+
+
+def fed(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """The graph inputs that have no default value."""
+    defaults = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+    return [value for value in graph.input if value.name not in defaults]
+
+
+def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        flat = inliner.inline_local_functions(model) if model.functions else model
+        return shape_inference.infer_shapes(flat, data_prop=True)
+    except (shape_inference.InferenceError, RuntimeError, ValueError):
+        # A table whose extent stays unknown is met by smaller and smaller indices later.
+        return model
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def _dims(kind: onnx.TypeProto.Tensor, name: str) -> tuple[Size, ...] | None:
+    """Extents; a free dimension is its symbol, or a name of its own where it has none."""
+    if not kind.HasField("shape"):
+        return None
+    dims = enumerate(kind.shape.dim)
+    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or f"{name}#{axis}" for axis, d in dims)
+
+
+class _Reader:
+    """Follows each input through the graph to where its values matter."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+        self.constants: dict[str, Array] = {}
+        self.shapes: dict[str, tuple[Size, ...] | None] = {}
+        for value in (*graph.input, *graph.value_info, *graph.output):
+            if value.type.HasField("tensor_type"):
+                self.shapes[value.name] = _dims(value.type.tensor_type, value.name)
+        for tensor in graph.initializer:
+            self._constant(tensor.name, tensor)
+        for node in _nodes(graph):
+            if node.op_type == "Constant":
+                self._constant(node.output[0], _attribute(node, "value", None))
+            for operand, name in enumerate(node.input):
+                self.readers.setdefault(name, []).append((node, operand))
+
+    def _constant(self, name: str, tensor: onnx.TensorProto | None) -> None:
+        if tensor is None:  # a constant that is not a tensor is no table
+            return
+        self.shapes[name] = tuple(tensor.dims)
+        # A stripped weight has fewer bytes than elements and is never a small constant.
+        if np.prod(tensor.dims) <= _SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            self.constants[name] = numpy_helper.to_array(tensor)
+
+    def input(self, value: onnx.ValueInfoProto) -> Input:
+        kind, wrapper = value.type, ""
+        while (which := kind.WhichOneof("value")) in ("sequence_type", "optional_type"):
+            kind, wrapper = getattr(kind, str(which)).elem_type, wrapper or str(which).removesuffix("_type")
+        if which != "tensor_type":
+            raise InputError(f"input '{value.name}' is a {which}: only tensors and sequences of tensors can be drawn")
+        dims = _dims(kind.tensor_type, value.name)
+        return self._role(Input(value.name, kind.tensor_type.elem_type, dims, wrapper=wrapper))
+
+    def _role(self, item: Input) -> Input:
+        bounds: list[Size] = []
+        values: list[int] = []
+        positive = False
+        for node, operand, offset in self._destinations(item.name):
+            bounds += self._bound(node, operand, offset)
+            if node.op_type == "Equal" and item.dtype.kind in "iu":
+                values += self.constants.get(node.input[1 - operand], np.empty(0, int)).ravel().tolist()
+            positive |= node.op_type in ("Log", "Sqrt")
+        if bounds:
+            return replace(item, kind="index", bound=min((b for b in bounds if isinstance(b, int)), default=bounds[0]))
+        if "mask" in item.name.lower() and item.dtype.kind in "iubf":
+            return replace(item, kind="mask")
+        if values:
+            return replace(item, kind="choice", values=tuple(values))
+        return replace(item, kind="positive") if positive and item.dtype.kind == "f" else item
+
+    def _destinations(self, name: str) -> Iterator[tuple[onnx.NodeProto, int, int]]:
+        """Every node that the input's elements reach unchanged but for an added constant: (node, operand, constant)."""
+        queue, seen = [(name, 0)], {name}
+        while queue:
+            current, offset = queue.pop()
+            for node, operand in self.readers.get(current, ()):
+                yield node, operand, offset
+                step = self._step(node, operand)
+                for output in node.output if step is not None else ():
+                    if output and output not in seen:
+                        seen.add(output)
+                        queue.append((output, offset + (step or 0)))
+
+    def _step(self, node: onnx.NodeProto, operand: int) -> int | None:
+        """What the node adds to the elements that it passes on; None where it does something else to them."""
+        if operand in _DATA_OPERANDS.get(node.op_type, ()):
+            return 0
+        if node.op_type == "Add":
+            other = self.constants.get(node.input[1 - operand])
+            if other is not None and other.size and other.dtype.kind in "iu":
+                return int(other.max())
+        return None
+
+    def _bound(self, node: onnx.NodeProto, operand: int, offset: int) -> list[Size]:
+        """The extent that the node indexes with this operand, if it does and the extent is known."""
+        if node.op_type == "OneHot" and operand == 0:
+            depth = self.constants.get(node.input[1])
+            return [] if depth is None else [int(depth.ravel()[0]) - offset]
+        if (node.op_type, operand) not in _INDEXES:
+            return []
+        table, axis = _INDEXES[node.op_type, operand]
+        dims = self.shapes.get(node.input[table])
+        where = axis if isinstance(axis, int) else int(_attribute(node, *axis))
+        if not dims:
+            return []
+        # An index tuple walks several axes: the smallest is safe for all.
+        extents = dims[where:] if node.op_type in ("GatherND", "ScatterND") else [dims[where]]
+        return [d - offset if isinstance(d, int) else d for d in extents]
+
+
+# --------------------------------------------------------------------------------------------------- choosing sizes
+
+# Tried in turn until the model runs: (height, width, length). Strides, windows and position tables decide what a model
+# takes; 48 and 32 are what text recognisers want, 256 and up what audio front ends want, 1 what exported caches want.
+_SIZES = (
+    (64, 96, 7), (64, 64, 64), (96, 96, 96), (128, 128, 128), (224, 224, 256), (320, 320, 320),
+    (48, 320, 512), (32, 128, 1), (256, 256, 16), (1, 1, 3000), (512, 512, 16000), (640, 640, 1024),
+)  # fmt: skip
+_CAPS = (10, 2, 1)  # exclusive upper bounds of integers of no known role
+_AUDIO = 1024  # longer than this only for floats of rank 1 to 3: attention over 16000 positions would fill the memory
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to size the free dimensions: a row of `_SIZES`, the batch, the cap of integers, and growth per sample."""
+
+    row: int = 0
+    batch: int = 2
+    cap: int = 10
+    grow_batch: int = 0
+    grow: int = 0
+
+    def size(self, axis: Axis, audio: bool) -> int:
+        height, width, length = _SIZES[self.row]
+        if axis == "batch":
+            return self.batch + self.grow_batch
+        if axis == "channel":
+            return 3 if self.row % 2 == 0 else 1
+        if axis == "length":
+            grown = length + self.grow * (5 if self.row == 0 else 64)
+            return grown if audio else min(grown, _AUDIO)
+        return (height if axis == "height" else width) + 32 * self.grow
+
+
+_ALL = [
+    _Attempt(row, batch, cap)
+    for row, batch, cap in sorted(
+        product(range(len(_SIZES)), (2, 1), _CAPS), key=lambda a: a[0] + 2 - a[1] + _CAPS.index(a[2])
+    )
+]
+
+
+def _grown(worked: _Attempt, sample: int) -> list[_Attempt]:
+    """Attempts for a later sample: every free dimension grows, or the batch alone, or nothing."""
+    options = [(sample, sample), (sample, 0), (0, 0)]
+    return [_Attempt(worked.row, worked.batch, worked.cap, batch, grow) for batch, grow in options]
+
+
+# A symbol's name says what it measures, more surely than its position does.
+_WORDS: dict[str, Axis] = {
+    "batch": "batch", "seq": "length", "len": "length", "time": "length", "frame": "length", "height": "height",
+    "width": "width",
+}  # fmt: skip
+
+
+def _axis(dims: tuple[Size, ...], axis: int) -> Axis:
+    """What a free axis probably is, from its symbol's name, the rank and the position."""
+    name = str(dims[axis]).lower()
+    for word, kind in _WORDS.items():
+        if word in name and "#" not in name:
+            return kind
+    if axis == 0 and len(dims) > 1:
+        return "batch"
+    if len(dims) != 4:
+        return "length"
+    channels_last = isinstance(dims[3], int) and not isinstance(dims[1], int)
+    layout: tuple[Axis, ...] = (
+        ("batch", "height", "width") if channels_last else ("batch", "channel", "height", "width")
+    )
+    return layout[axis]
+
+
+def _choose_sizes(inputs: Iterable[Input], given: Mapping[str, Array], attempt: _Attempt) -> dict[str, int]:
+    """A size for every symbol: the given inputs decide first, and one symbol has one size everywhere."""
+    sizes = fixed_sizes(inputs, given)
+    free = [(item, axis, d) for item in inputs for axis, d in enumerate(item.dims or ()) if isinstance(d, str)]
+    audio = {d for item, _, d in free if item.dtype.kind == "f" and len(item.dims or ()) <= 3}
+    for item, axis, dim in free:
+        if dim not in sizes and "+" not in dim:
+            sizes[dim] = attempt.size(_axis(item.dims or (), axis), dim in audio)
+    for dim in (d for _, _, d in free if d not in sizes):  # "past + sequence": the extent of two joined axes
+        parts = [part.strip() for part in dim.split("+")]
+        sizes[dim] = sum(int(p) if p.isdigit() else sizes.get(p, attempt.size("length", False)) for p in parts)
+    return sizes
+
+
+def fixed_sizes(inputs: Iterable[Input], given: Mapping[str, Array]) -> dict[str, int]:
+    """The sizes of free dimensions that the given arrays decide; raises InputError where an array does not fit."""
+    sizes: dict[str, int] = {}
+    known = {item.name: item for item in inputs}
+    for name, array in given.items():
+        item = known.get(name)
+        if item is None:
+            raise InputError(f"the model has no input '{name}'; its inputs are: {', '.join(known) or 'none'}")
+        if array.dtype != item.dtype and not (array.dtype.kind in "UO" and item.dtype.kind == "O"):
+            raise InputError(f"input '{name}' is {array.dtype}, the model wants {item.dtype}")
+        if item.dims is None:
+            continue
+        fits = len(array.shape) == len(item.dims)
+        for dim, extent in zip(item.dims, array.shape, strict=False):
+            fits &= extent == (dim if isinstance(dim, int) else sizes.setdefault(dim, extent))
+        if not fits:
+            wanted = ", ".join(str(d) if isinstance(d, int) or "#" not in d else "?" for d in item.dims)
+            raise InputError(f"input '{name}' has shape {list(array.shape)}, the model wants [{wanted}]")
+    return sizes
+
+
+# ----------------------------------------------------------------------------------------------------------- drawing
+
+
+def _draw_one(item: Input, sizes: Mapping[str, int], cap: int, rng: np.random.Generator) -> Array:
+    if item.dims is None:
+        raise InputError(f"input '{item.name}' has no known rank: give it with --input {item.name}=FILE.npy")
+    shape = [d if isinstance(d, int) else sizes[d] for d in item.dims]
+    dtype = item.dtype
+    if item.kind == "mask":
+        return _mask(shape, rng).astype(dtype)
+    if item.kind == "index":
+        bound = item.bound if isinstance(item.bound, int) else sizes.get(item.bound, cap)
+        bound = min(bound, cap) if cap < _CAPS[0] else bound
+        limit = min(bound, np.iinfo(dtype).max if dtype.kind in "iu" else bound)
+        return rng.integers(0, max(limit, 1), shape).astype(dtype)
+    if item.kind == "choice":
+        return _choice(item, shape, cap, rng).astype(dtype)
+    if dtype.kind == "f":
+        values = rng.standard_normal(shape)
+        return (np.abs(values) + 0.1 if item.kind == "positive" else values).astype(dtype)
+    return _plain(dtype, shape, cap, rng)
+
+
+def _plain(dtype: np.dtype[Any], shape: list[int], cap: int, rng: np.random.Generator) -> Array:
+    if dtype.kind == "b":
+        return rng.integers(0, 2, shape).astype(bool)
+    if dtype.kind == "O":
+        return rng.choice(np.array(["a", "b", "c"], dtype=object), shape)
+    if dtype == np.uint8 and len(shape) >= 3:  # an image of bytes
+        return rng.integers(0, 256, shape).astype(dtype)
+    # The last resort is all ones, which is what a length, a count or a factor always allows.
+    return rng.integers(0, cap, shape).astype(dtype) if cap > 1 else np.ones(shape, dtype)
+
+
+def _mask(shape: list[int], rng: np.random.Generator) -> Array:
+    """Ones, then zeros, along the last axis; at least the first half are ones, since a row of zeros divides by zero."""
+    if not shape:
+        return np.ones(())
+    extent = shape[-1]
+    ends = rng.integers((extent + 1) // 2, extent + 1, [*shape[:-1], 1])
+    return np.arange(extent) < np.maximum(ends, 1)
+
+
+def _choice(item: Input, shape: list[int], cap: int, rng: np.random.Generator) -> Array:
+    """Values that the model compares with: a lone one as it is (a sample rate), else among them and a few others."""
+    if np.prod(shape) == 1:
+        return np.full(shape, item.values[0])
+    others = () if len(set(item.values)) > 1 else tuple(range(cap))
+    return rng.choice(np.array([*item.values, *others]), shape)
+
+
+def _draw(inputs: list[Input], given: Mapping[str, Array], attempt: _Attempt, rng: np.random.Generator) -> Feed:
+    sizes = _choose_sizes(inputs, given, attempt)
+    feed: Feed = {}
+    for item in inputs:
+        if item.name in given:
+            feed[item.name] = given[item.name]
+        else:
+            drawn = [_draw_one(item, sizes, attempt.cap, rng) for _ in range(2 if item.wrapper == "sequence" else 1)]
+            feed[item.name] = drawn if item.wrapper == "sequence" else drawn[0]
+    return feed
+
+
+def draw_runnable(
+    inputs: list[Input], given: Mapping[str, Array], run: Run, samples: int, seed: int
+) -> list[tuple[Feed, list[Any]]]:
+    """Input sets that `run` accepts (it raises RunError where not), each with its outputs; free dimensions vary.
+
+    Raises InputError when no drawn size or value is accepted.
+    """
+    results: list[tuple[Feed, list[Any]]] = []
+    worked: _Attempt | None = None
+    for sample in range(samples):
+        attempts = _ALL if worked is None else _grown(worked, sample)
+        feed, outputs, used = _first_accepted(inputs, given, run, attempts, [seed, sample])
+        worked = worked or used
+        results.append((feed, outputs))
+    return results
+
+
+def _first_accepted(
+    inputs: list[Input], given: Mapping[str, Array], run: Run, attempts: list[_Attempt], seed: list[int]
+) -> tuple[Feed, list[Any], _Attempt]:
+    failure, tried = "", set()
+    capped = any(item.name not in given and item.dtype.kind in "iu" and item.kind != "mask" for item in inputs)
+    for attempt in attempts:
+        key = (tuple(sorted(_choose_sizes(inputs, given, attempt).items())), attempt.cap if capped else 0)
+        if key in tried:
+            continue
+        tried.add(key)
+        feed = _draw(inputs, given, attempt, np.random.default_rng(seed))
+        try:
+            return feed, run(feed), attempt
+        except RunError as error:
+            failure = failure or str(error)
+    free = [item.name for item in inputs if item.name not in given]
+    if not free:
+        raise InputError(f"the reference model does not run on the given inputs: {failure}")
+    advice = " ".join(f"--input {name}=FILE.npy" for name in free)
+    raise InputError(f"no random input runs through the reference model; pass {advice} (onnxruntime: {failure})")

@@ -1,0 +1,171 @@
+"""What products with constant weights share: which constants leave, and where they are folded.
+
+The weights are seen as `[group, out, in]`, whatever their layout: a convolution, a matrix product, a transposed
+convolution. A *channel* below is an index `(group, in)` of the data input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxshrink.facts import Known, along, uniform
+from onnxshrink.registry import Keep
+from onnxshrink.view import Fold, View, vector
+from onnxshrink.weights import Array, BoolArray
+
+Weigh = Callable[[BoolArray], Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """A product of a data input and constant weights.
+
+    Attributes:
+        view: the node.
+        slot: the data input.
+        axis: its channel axis.
+        output_axis: channel axis of the output.
+        pattern: `[group, out, in]`, where the weights are not zero (summed over a kernel).
+        border: whether a constant channel contributes differently near a border, so that no bias can stand for it.
+        bias: whether a constant may be added to the output.
+    """
+
+    view: View
+    slot: int
+    axis: int
+    output_axis: int
+    pattern: BoolArray
+    border: bool
+    bias: bool
+    editable: bool = True
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return int(self.pattern.shape[0])
+
+    def _channels(self) -> int:
+        return int(self.pattern.shape[0] * self.pattern.shape[2])
+
+    def _outputs(self) -> int:
+        return int(self.pattern.shape[0] * self.pattern.shape[1])
+
+    def constants(self) -> tuple[BoolArray, Array]:
+        """Channels that hold one known value everywhere, and the values."""
+        operand = self.view.data(self.slot)
+        known = uniform(operand.known, (a for a in range(operand.rank) if a != self.axis))
+        count = self._channels()
+        return vector(known.mask, self.axis, count).copy(), vector(known.value, self.axis, count)
+
+    def unknown_outputs(self, bias: Known | None) -> tuple[BoolArray, BoolArray, Array]:
+        """Output channels that depend on the input; then known channels of the input and their values."""
+        mask, value = self.constants()
+        blocking = ~mask | ((value != 0) & self.border)
+        grid = blocking.reshape(self.groups, 1, -1)
+        unknown = (self.pattern & grid).any(axis=2).reshape(-1)
+        if bias is not None:
+            unknown |= ~along(bias.mask.reshape(-1), 0, self._outputs())
+        return unknown, mask, value
+
+    def needed_channels(self, outputs: BoolArray) -> BoolArray:
+        """Channels that reach any of the given output channels."""
+        grid = outputs.reshape(self.groups, -1, 1)
+        result: BoolArray = (self.pattern & grid).any(axis=1).reshape(-1)
+        return result
+
+    def live_outputs(self) -> BoolArray:
+        """Output channels with a live element."""
+        return self._reduced(self.view.live())
+
+    def _reduced(self, mask: BoolArray) -> BoolArray:
+        rest = tuple(a for a in range(mask.ndim) if a != self.output_axis)
+        return np.array(np.broadcast_to(mask.any(axis=rest), (self._outputs(),)))
+
+    def _kept(self) -> BoolArray:
+        kept = self.view.kept[self.slot][self.axis]
+        assert kept is not None
+        return kept
+
+    def _leaving(self) -> tuple[BoolArray, Array]:
+        """Channels that leave with a constant that the kept outputs would miss."""
+        mask, value = self.constants()
+        outputs = self.view.kept[-1][self.output_axis]
+        assert outputs is not None
+        return mask & (value != 0) & ~self._kept() & self.needed_channels(outputs), value
+
+    def retain(self) -> list[Keep]:
+        """Channels whose constant cannot be folded anywhere."""
+        mask, value = self.constants()
+        wanted = self.needed_channels(self.live_outputs()) & ~mask
+        keeps = [Keep(self.slot, self.axis, wanted, "its value is constant but not the same at every position")]
+        if not self.editable:
+            leaving, _ = self._leaving()
+            keeps.append(Keep(self.slot, self.axis, leaving, "its constant cannot be folded: the weights are computed"))
+        return keeps
+
+    def represent(self) -> list[Keep]:
+        """One constant channel per group that the others can be folded in, where a bias cannot stand for them."""
+        if not self.editable or (self.bias and not self.border):
+            return []
+        leaving, value = self._leaving()
+        wanted = np.zeros_like(leaving)
+        for start, stop in self._blocks(leaving):
+            if not self._hosts(start, stop).any():
+                candidates = np.where(leaving[start:stop], np.abs(value[start:stop].astype(np.float64)), 0.0)
+                wanted[start + int(candidates.argmax())] = True
+        reason = "one channel stands for all constant channels, whose effect at the border no bias can have"
+        return [Keep(self.slot, self.axis, wanted, reason)]
+
+    def _blocks(self, leaving: BoolArray) -> list[tuple[int, int]]:
+        size = self._channels() // self.groups
+        used = leaving.reshape(self.groups, -1).any(axis=1)
+        return [(int(g) * size, int(g + 1) * size) for g in np.flatnonzero(used)]
+
+    def _hosts(self, start: int, stop: int) -> BoolArray:
+        """Kept channels of one group that hold a constant other than zero."""
+        mask, value = self.constants()
+        hosts = mask & (value != 0) & self._kept()
+        hosts[:start] = False
+        hosts[stop:] = False
+        return hosts
+
+    def fold(self) -> Mapping[int, Fold]:
+        """The constants that leave, and where they go."""
+        leaving, value = self._leaving()
+        indices = np.flatnonzero(leaving)
+        if not indices.size:
+            return {}
+        values = value[indices].astype(np.float64)
+        if self.bias and not self.border:
+            return {self.slot: Fold(self.axis, indices, values)}
+        into = np.zeros_like(indices)
+        for start, stop in self._blocks(leaving):
+            hosts = self._hosts(start, stop)
+            best = int(np.where(hosts, np.abs(value.astype(np.float64)), 0.0).argmax())
+            into[(indices >= start) & (indices < stop)] = best
+        return {self.slot: Fold(self.axis, indices, values, into, value[into].astype(np.float64))}
+
+
+def known_result(
+    linear: Linear, bias: Known | None, weigh: Weigh, rank: int, dtype: np.dtype[np.generic]
+) -> Known | None:
+    """What is known of the output, one value per channel.
+
+    `weigh` gives the weights of some channels, summed over a kernel, as `[out, channel]` in double precision, with
+    zeros for channels of another group.
+    """
+    unknown, mask, value = linear.unknown_outputs(bias)
+    if unknown.all():
+        return None
+    result = np.zeros(unknown.size)
+    if bias is not None:
+        result += along(bias.value.reshape(-1), 0, unknown.size)
+    active = mask & (value != 0)
+    if active.any() and not linear.border:
+        result = result + weigh(active) @ value[active].astype(np.float64)
+    shape = [1] * rank
+    shape[linear.output_axis] = unknown.size
+    return Known(~unknown.reshape(shape), np.where(unknown, 0, result).astype(dtype).reshape(shape))

@@ -1,0 +1,352 @@
+"""Operators that contract their data with weights or with other data: matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from onnxshrink.facts import Known, along, everything, partial
+from onnxshrink.notation import Relation, UnresolvedError, resolve
+from onnxshrink.ops._linear import Linear
+from onnxshrink.registry import Keep, Rewrite, Rule, register
+from onnxshrink.view import Fold, Operand, View
+from onnxshrink.weights import Array, BoolArray
+
+
+def bool_product(left: BoolArray, right: BoolArray) -> BoolArray:
+    """`any over k of left[..., m, k] & right[..., k, n]` on compressed masks."""
+    if left.shape[-1] == 1:
+        return left & right.any(axis=-2, keepdims=True)
+    if right.shape[-2] == 1:
+        return left.any(axis=-1, keepdims=True) & right
+    if left.size == left.shape[-1] and right.ndim == 2:
+        row: BoolArray = right[left.reshape(-1)].any(axis=0)
+        return row.reshape((1,) * (left.ndim - 1) + (-1,))
+    product: BoolArray = (left.astype(np.float32) @ right.astype(np.float32)) > 0
+    return product
+
+
+def reduce_to(mask: BoolArray, operand: Operand) -> BoolArray:
+    """Undo broadcasting: "any" over the axes that `operand` lacks or has with extent one."""
+    extra = mask.ndim - operand.rank
+    if extra > 0:
+        mask = mask.any(axis=tuple(range(extra)))
+    ones = tuple(a for a in range(operand.rank) if operand.extent(a) == 1 and mask.shape[a] > 1)
+    return mask.any(axis=ones, keepdims=True) if ones else mask
+
+
+def not_zero(operand: Operand) -> BoolArray:
+    """Elements that may be other than zero."""
+    if operand.constant is not None:
+        return operand.constant.nonzero(tuple(range(operand.rank)))
+    return ~operand.zero()
+
+
+def unknown(operand: Operand) -> BoolArray:
+    """Elements that depend on the inputs of the model."""
+    if operand.constant is not None:
+        return ~everything(operand.rank)
+    return ~operand.known.mask
+
+
+class Product:
+    """A matrix product `left @ right`, either side transposed or not."""
+
+    def __init__(self, view: View, slots: tuple[int, int] = (0, 1), transposed: tuple[bool, bool] = (False, False)):
+        self.view = view
+        self.slots = slots
+        self.transposed = transposed
+        self.operands = view.data(slots[0]), view.data(slots[1])
+
+    def _matrix(self, side: int, array: Array) -> Array:
+        return array.swapaxes(-1, -2) if self.transposed[side] else array
+
+    def masks(self, side: int) -> tuple[BoolArray, BoolArray]:
+        """Unknown elements, and elements that may not be zero, as `[..., row, column]`."""
+        operand = self.operands[side]
+        return self._matrix(side, unknown(operand)), self._matrix(side, not_zero(operand))
+
+    def unknown_output(self) -> BoolArray:
+        """Elements of the product that depend on the inputs."""
+        (ua, za), (ub, zb) = self.masks(0), self.masks(1)
+        result = bool_product(ua, zb)
+        return result | bool_product(za, ub) if ub.any() else result
+
+    def forward(self, scale: float = 1.0) -> Known | None:
+        """What is known of the product."""
+        mask = ~self.unknown_output()
+        if not mask.any():
+            return None
+        output = self.view.output()
+        dtype = output.dtype or np.dtype(np.float32)
+        value = np.zeros((1,) * mask.ndim)
+        if self._both_nonzero().any():
+            value = self._value() * scale
+        return partial(mask, np.where(mask, value, 0).astype(dtype))
+
+    def _both_nonzero(self) -> BoolArray:
+        """Contracted indices at which both sides may hold a known value other than zero."""
+        (ua, za), (ub, zb) = self.masks(0), self.masks(1)
+        left, right = za & ~ua, zb & ~ub
+        a = left.any(axis=tuple(range(left.ndim - 1)))
+        b = right.any(axis=(*range(right.ndim - 2), right.ndim - 1))
+        both: BoolArray = a & b
+        return both
+
+    def _value(self) -> Array:
+        """The product of what is known, in double precision; only the contracted indices that matter are read."""
+        both = self._both_nonzero()
+        parts = []
+        for side, axis in ((0, -1), (1, -2)):
+            known = self.operands[side].known
+            array = self._matrix(side, known.value)
+            mask = self._matrix(side, known.mask)
+            array = np.broadcast_to(array, np.broadcast_shapes(array.shape, mask.shape))
+            count = self._contracted()
+            array = along(array, array.ndim + axis, count)
+            mask = along(mask, mask.ndim + axis, count)
+            chosen = np.flatnonzero(along(both, 0, count))
+            part = np.where(mask.take(chosen, axis), array.take(chosen, axis), 0)
+            parts.append(part.astype(np.float64))
+        result: Array = parts[0] @ parts[1]
+        return result
+
+    def _contracted(self) -> int:
+        left = self.operands[0]
+        extent = left.extent(left.rank - 2 if self.transposed[0] else left.rank - 1)
+        right = self.operands[1]
+        other = right.extent(right.rank - 1 if self.transposed[1] else right.rank - 2)
+        return extent or other or 1
+
+    def backward(self) -> tuple[BoolArray, BoolArray]:
+        """Needed elements of both sides."""
+        live = self.view.live()
+        (_, za), (_, zb) = self.masks(0), self.masks(1)
+        left = bool_product(live, zb.swapaxes(-1, -2))
+        right = everything(2)
+        if self.operands[1].constant is None:
+            right = bool_product(za.swapaxes(-1, -2), live)
+        return (
+            reduce_to(self._matrix(0, left), self.operands[0]),
+            reduce_to(self._matrix(1, right), self.operands[1]),
+        )
+
+    def retain(self) -> list[Keep]:
+        """Contracted indices at which two known values multiply to something other than zero."""
+        both = self._both_nonzero()
+        keeps = []
+        for side in (0, 1):
+            operand, slot = self.operands[side], self.slots[side]
+            inner = operand.rank - 1 if (side == 0) != self.transposed[side] else operand.rank - 2
+            extent = operand.extent(inner)
+            if operand.constant is None and extent is not None and slot in self.view.kept:
+                wanted = along(both, 0, extent).copy()
+                keeps.append(Keep(slot, inner, wanted, "its constant is multiplied by another constant"))
+        return keeps
+
+
+def _is_weights(operand: Operand) -> bool:
+    return operand.constant is not None and operand.rank == 2
+
+
+def _batch_relation(view: View, left: str, right: str) -> Relation:
+    return resolve(f"{left}, {right} -> *b m n", view.shapes(view.inputs), view.shapes(view.outputs))
+
+
+def _matmul_relation(view: View) -> Relation:
+    if min(view.data(0).rank, view.data(1).rank) < 2:
+        raise UnresolvedError("a product with a vector")
+    return _batch_relation(view, "*b m k", "*b k n")
+
+
+def matmul_linear(view: View) -> Linear | None:
+    """The product as one with constant weights, whichever side they are on; None when neither side is constant."""
+    left, right = view.data(0), view.data(1)
+    output = view.output().rank
+    if _is_weights(right) and left.extent(left.rank - 1) is not None:
+        assert right.constant is not None
+        pattern = right.constant.nonzero((0, 1)).T[None]
+        return Linear(view, 0, left.rank - 1, output - 1, pattern, border=False, bias=True)
+    if _is_weights(left) and right.extent(right.rank - 2) is not None:
+        assert left.constant is not None
+        pattern = left.constant.nonzero((0, 1))[None]
+        return Linear(view, 1, right.rank - 2, output - 2, pattern, border=False, bias=True)
+    return None
+
+
+def _matmul_forward(view: View) -> list[Known | None]:
+    return [Product(view).forward()]
+
+
+def _matmul_backward(view: View) -> list[BoolArray | None]:
+    return list(Product(view).backward())
+
+
+def _matmul_retain(view: View) -> Iterable[Keep]:
+    linear = matmul_linear(view)
+    return linear.retain() if linear is not None else Product(view).retain()
+
+
+def _matmul_fold(view: View) -> Mapping[int, Fold]:
+    linear = matmul_linear(view)
+    return linear.fold() if linear is not None else {}
+
+
+def _matmul_rewrite(view: View) -> Rewrite:
+    for slot, fold in view.folds.items():
+        other = 1 - slot
+        weights = view.data(other).known.value
+        if slot == 0:
+            offset = fold.values @ weights[fold.indices].astype(np.float64)
+        else:
+            offset = (weights[:, fold.indices].astype(np.float64) @ fold.values)[:, None]
+        axis = view.output().rank - (1 if slot == 0 else 2)
+        kept = view.kept[-1][axis]
+        offset = offset.compress(kept, axis=0) if kept is not None else offset
+        return Rewrite(add=offset.astype(view.output().dtype))
+    return Rewrite()
+
+
+register(
+    Rule(
+        "MatMul",
+        relate=_matmul_relation,
+        forward=_matmul_forward,
+        backward=_matmul_backward,
+        retain=_matmul_retain,
+        fold=_matmul_fold,
+        rewrite=_matmul_rewrite,
+    )
+)
+
+
+# --- Gemm -------------------------------------------------------------------------------------------------------
+
+
+def _transposed(view: View) -> tuple[bool, bool]:
+    return bool(view.attribute("transA", 0)), bool(view.attribute("transB", 0))
+
+
+def _gemm_relation(view: View) -> Relation:
+    a, b = _transposed(view)
+    left, right = "k m" if a else "m k", "n k" if b else "k n"
+    bias = view.input(2)
+    third = "1" if bias is None else ["1", "n", "m n"][bias.rank] if bias.rank else "*s"
+    return resolve(f"{left}, {right}, {third} -> m n", view.shapes(view.inputs), view.shapes(view.outputs))
+
+
+def _gemm_product(view: View) -> Product:
+    return Product(view, transposed=_transposed(view))
+
+
+def _bias_vector(view: View) -> bool:
+    """Whether a constant may be added to the bias: there is none, or it is a constant along the columns."""
+    bias = view.input(2)
+    return bias is None or bias.constant is not None
+
+
+def gemm_linear(view: View) -> Linear | None:
+    """The product as one with constant weights; None when the second matrix is not constant."""
+    a, b = _transposed(view)
+    data, weights = view.data(0), view.data(1)
+    axis = 0 if a else 1
+    if weights.constant is None or data.extent(axis) is None:
+        return None
+    grid = weights.constant.nonzero((0, 1))
+    return Linear(view, 0, axis, 1, (grid if b else grid.T)[None], border=False, bias=_bias_vector(view))
+
+
+def _scalars(view: View) -> tuple[float, float]:
+    return float(view.attribute("alpha", 1.0)), float(view.attribute("beta", 1.0))
+
+
+def _gemm_forward(view: View) -> list[Known | None]:
+    alpha, beta = _scalars(view)
+    found = _gemm_product(view).forward(alpha)
+    bias = view.input(2)
+    if found is None or bias is None:
+        return [found]
+    known = bias.known
+    mask = found.mask & known.mask
+    value = found.value.astype(np.float64) + beta * known.value.astype(np.float64)
+    return [partial(mask, np.where(mask, value, 0).astype(found.value.dtype))]
+
+
+def _gemm_backward(view: View) -> list[BoolArray | None]:
+    left, right = _gemm_product(view).backward()
+    bias = view.input(2)
+    return [left, right, *([reduce_to(view.live(), bias)] if bias is not None else [None] * (len(view.inputs) - 2))]
+
+
+def _gemm_retain(view: View) -> Iterable[Keep]:
+    linear = gemm_linear(view)
+    return linear.retain() if linear is not None else _gemm_product(view).retain()
+
+
+def _gemm_represent(view: View) -> Iterable[Keep]:
+    linear = gemm_linear(view)
+    return linear.represent() if linear is not None else []
+
+
+def _gemm_fold(view: View) -> Mapping[int, Fold]:
+    linear = gemm_linear(view)
+    return linear.fold() if linear is not None else {}
+
+
+def _columns(view: View, indices: Array) -> Array:
+    """Weights of some inputs, `[out, input]`, in double precision."""
+    weights = view.data(1).known.value
+    part = weights[:, indices] if _transposed(view)[1] else weights[indices].T
+    return part.astype(np.float64)
+
+
+def _gemm_rewrite(view: View) -> Rewrite:
+    fold = view.folds.get(0)
+    if fold is None:
+        return Rewrite()
+    if fold.into is not None:
+        return Rewrite(constants={1: lambda: _collapsed(view, fold)})
+    alpha, beta = _scalars(view)
+    offset = alpha * (_columns(view, fold.indices) @ fold.values)
+    bias = view.input(2)
+    if bias is not None and beta != 0:
+        offset = offset / beta + bias.known.value.astype(np.float64)
+    kept = view.kept[-1][1]
+    assert kept is not None
+    offset = along(offset, offset.ndim - 1, kept.size).compress(kept, axis=-1)
+    rows = view.kept[-1][0]
+    if offset.ndim == 2 and rows is not None and offset.shape[0] == rows.size:
+        offset = offset.compress(rows, axis=0)
+    attributes = {} if beta != 0 else {"beta": 1.0}
+    return Rewrite(constants={2: offset.astype(view.output().dtype)}, attributes=attributes)
+
+
+def _collapsed(view: View, fold: Fold) -> Array:
+    """Weights with the columns of `fold` added to those that stand for them, then sliced."""
+    assert fold.into is not None
+    assert fold.scale is not None
+    transposed = _transposed(view)[1]
+    weights = view.data(1).known.value
+    whole = (weights if transposed else weights.T).astype(np.float64)
+    np.add.at(whole.T, fold.into, (whole[:, fold.indices] * (fold.values / fold.scale)).T)
+    rows, columns = view.kept[-1][1], view.kept[0][fold.axis]
+    assert rows is not None
+    assert columns is not None
+    whole = whole[rows][:, columns].astype(weights.dtype)
+    return np.ascontiguousarray(whole if transposed else whole.T)
+
+
+register(
+    Rule(
+        "Gemm",
+        since=7,
+        relate=_gemm_relation,
+        forward=_gemm_forward,
+        backward=_gemm_backward,
+        retain=_gemm_retain,
+        represent=_gemm_represent,
+        fold=_gemm_fold,
+        rewrite=_gemm_rewrite,
+    )
+)

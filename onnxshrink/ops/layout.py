@@ -1,0 +1,477 @@
+"""Operators that move elements at fixed indices: reshaping, transposing, joining, cutting, padding, repeating."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxshrink.facts import Known, along, nothing, partial
+from onnxshrink.families import layout, moved, pointwise
+from onnxshrink.graph import Shape
+from onnxshrink.notation import Link, Relation, UnresolvedError, resolve, reshape
+from onnxshrink.registry import Keep, Rewrite, Rule, register
+from onnxshrink.view import Operand, View
+from onnxshrink.weights import Array, BoolArray
+
+
+def _shape(operand: Operand) -> Shape:
+    if operand.shape is None:
+        raise UnresolvedError(f"the rank of {operand.name!r} is not known")
+    return operand.shape
+
+
+def _with_other_inputs(view: View, relation: Relation) -> Relation:
+    """The relation of the first input and the output; the other inputs are read whole."""
+    inputs = (*relation.inputs, *[None] * (len(view.inputs) - len(relation.inputs)))
+    return Relation(inputs, relation.outputs, relation.sizes, relation.pinned, relation.links)
+
+
+# --- Transpose and the reshaping family -------------------------------------------------------------------------
+
+
+def _transpose(view: View) -> Relation:
+    shape = _shape(view.data())
+    order = view.attribute("perm") or list(range(len(shape)))[::-1]
+    names = [f"a{axis}" for axis in range(len(shape))]
+    notation = f"{' '.join(names)} -> {' '.join(names[axis] for axis in order)}"
+    return resolve(notation, view.shapes(view.inputs), view.shapes(view.outputs))
+
+
+def _reshape(view: View) -> Relation:
+    target = list(_shape(view.output()))
+    given = view.input(1)
+    if given is not None and given.shape is not None:
+        _complete(target, given.known)
+    source = _shape(view.data())
+    return _with_other_inputs(view, reshape(source, tuple(target)))
+
+
+def _complete(target: list[int | str | None], known: Known) -> None:
+    """Extents that shape inference did not find, from what is known of the target."""
+    count = len(target)
+    mask, value = along(known.mask, 0, count), along(known.value, 0, count)
+    for axis in range(count):
+        if not isinstance(target[axis], int) and mask[axis] and value[axis] > 0:
+            target[axis] = int(value[axis])
+
+
+def _same_elements(view: View) -> Relation:
+    return _with_other_inputs(view, reshape(_shape(view.data()), _shape(view.output())))
+
+
+def shape_rewrite(slot: int) -> object:
+    """A rewrite that puts new extents in the target shape given at an input."""
+
+    def rewrite(view: View) -> Rewrite:
+        target = view.data(slot)
+        output = view.output()
+        mask = np.array([view.shrinks(-1, axis) for axis in range(output.rank)], np.bool_)
+        if not mask.any():
+            return Rewrite()
+        mask = np.array([output.extent(axis) is not None for axis in range(output.rank)], np.bool_)
+        counts = np.array([view.kept_count(-1, axis) or 0 for axis in range(output.rank)], np.int64)
+        value = target.value()
+        if value is None:
+            return Rewrite(partly={slot: (mask, counts)})
+        return Rewrite(constants={slot: np.where(mask, counts, value)})
+
+    return rewrite
+
+
+register(Rule("Identity", since=10_001, relate="*a -> *a"))
+register(Rule("Transpose", relate=_transpose, forward=layout))
+register(Rule("Reshape", since=5, relate=_reshape, forward=layout, rewrite=shape_rewrite(1)))  # type: ignore[arg-type]
+for _op in ("Flatten", "Squeeze", "Unsqueeze"):
+    register(Rule(_op, relate=_same_elements, forward=layout))
+
+
+# --- Links: joining and cutting along one axis ------------------------------------------------------------------
+
+
+def linked(
+    inputs: Sequence[Shape | None], outputs: Sequence[Shape | None], axis: int, links: Sequence[Link]
+) -> Relation:
+    """Operands of one rank whose axes pass through, except one along which `links` map positions."""
+    specs: list[tuple[tuple[str, ...], ...] | None] = []
+    sizes: dict[str, int | None] = {}
+    pinned: set[str] = set()
+    joined = {link.input for link in links} | {link.output for link in links}
+    for number, shape in enumerate((*inputs, *outputs)):
+        slot = number if number < len(inputs) else len(inputs) - 1 - number
+        if shape is None or slot not in joined:
+            specs.append(None)
+            continue
+        factors: list[tuple[str, ...]] = []
+        for position, extent in enumerate(shape):
+            name = f"a{position}"
+            size = extent if isinstance(extent, int) else None
+            if position == axis:
+                sizes[f"{name}@{slot}"] = size
+                factors.append((name,))
+            else:
+                sizes[name] = size if sizes.get(name) is None else sizes[name]
+                factors.append(() if extent == 1 else (name,))
+                if not isinstance(extent, int):
+                    pinned.add(name)
+        specs.append(tuple(factors))
+    count = len(inputs)
+    return Relation(tuple(specs[:count]), tuple(specs[count:]), sizes, frozenset(pinned), {f"a{axis}": tuple(links)})
+
+
+def _passing(view: View) -> Relation:
+    """Every axis of the first input and the output passes through; used where nothing is linked."""
+    relation = resolve("*a -> *a", [_shape(view.data())], [_shape(view.output())])
+    return _with_other_inputs(view, relation)
+
+
+def _static(operand: Operand, axis: int) -> int:
+    extent = operand.extent(axis)
+    if extent is None:
+        raise UnresolvedError(f"axis {axis} of {operand.name!r} has no fixed extent")
+    return extent
+
+
+def _concat(view: View) -> Relation:
+    output = view.output()
+    axis = int(view.attribute("axis", 1)) % output.rank
+    if any(operand is not None and operand.extent(axis) is None for operand in view.inputs):
+        return _concat_free(view, axis)
+    links, position = [], 0
+    for slot in range(len(view.inputs)):
+        extent = _static(view.data(slot), axis)
+        links.append(Link(slot, -1, np.arange(extent), np.arange(position, position + extent)))
+        position += extent
+    return linked(view.shapes(view.inputs), view.shapes(view.outputs), axis, links)
+
+
+def _concat_free(view: View, axis: int) -> Relation:
+    """The joined axis is free: it stays whole, the others pass through."""
+    rank = view.output().rank
+    names = [f"a{position}" for position in range(rank)]
+    left = [" ".join(f"[j{slot}]" if p == axis else n for p, n in enumerate(names)) for slot in range(len(view.inputs))]
+    right = " ".join("[j]" if p == axis else n for p, n in enumerate(names))
+    return resolve(f"{', '.join(left)} -> {right}", view.shapes(view.inputs), view.shapes(view.outputs))
+
+
+def _concat_forward(view: View) -> list[Known | None]:
+    output = view.output()
+    axis = int(view.attribute("axis", 1)) % output.rank
+    facts = [operand.known for operand in view.inputs if operand is not None]
+    if not any(fact.anything for fact in facts):
+        return [None]
+    extents = [operand.extent(axis) for operand in view.inputs if operand is not None]
+    if any(extent is None for extent in extents):
+        return [None]
+    return [partial(*(_joined([_part(f, k) for f in facts], extents, axis) for k in (0, 1)))]
+
+
+def _part(fact: Known, index: int) -> Array:
+    return fact.mask if index == 0 else fact.value
+
+
+def _joined(arrays: list[Array], extents: list[int | None], axis: int) -> Array:
+    full = [along(array, axis, extent or 1) for array, extent in zip(arrays, extents, strict=True)]
+    shape = [max(array.shape[a] for array in full) for a in range(full[0].ndim)]
+    parts = []
+    for array in full:
+        wanted = list(shape)
+        wanted[axis] = array.shape[axis]
+        parts.append(np.broadcast_to(array, wanted))
+    return np.concatenate(parts, axis=axis)
+
+
+register(Rule("Concat", since=4, relate=_concat, forward=_concat_forward))
+
+
+def _split(view: View) -> Relation:
+    data = view.data()
+    axis = int(view.attribute("axis", 0)) % data.rank
+    _static(data, axis)
+    links, position = [], 0
+    for index, operand in enumerate(view.outputs):
+        if operand is None:
+            raise UnresolvedError("an output of a split is left out")
+        extent = _static(operand, axis)
+        links.append(Link(0, -1 - index, np.arange(position, position + extent), np.arange(extent)))
+        position += extent
+    return linked(view.shapes(view.inputs), view.shapes(view.outputs), axis, links)
+
+
+def _split_rewrite(view: View) -> Rewrite:
+    axis = int(view.attribute("axis", 0)) % view.data().rank
+    if not any(view.shrinks(-1 - index, axis) for index in range(len(view.outputs))):
+        return Rewrite()
+    counts = [view.kept_count(-1 - index, axis) or 0 for index in range(len(view.outputs))]
+    sizes = [count for count in counts if count]
+    if view.version < 13:
+        return Rewrite(attributes={"split": sizes})
+    attributes = {"num_outputs": None} if view.version >= 18 else {}
+    return Rewrite(constants={1: np.array(sizes, np.int64)}, attributes=attributes)
+
+
+register(Rule("Split", since=2, relate=_split, forward=layout, rewrite=_split_rewrite))
+
+
+def slice_positions(view: View) -> dict[int, Array]:
+    """Per sliced axis, the positions that a `Slice` takes. Raises UnresolvedError where they are not constant."""
+    data = view.data()
+    old = view.version < 10
+    starts, ends = view.ints(1, "starts" if old else None), view.ints(2, "ends" if old else None)
+    axes = view.ints(3, "axes" if old else None)
+    steps = None if old else view.ints(4)
+    if starts is None or ends is None or (not old and _missing(view, 3, axes)) or _missing(view, 4, steps):
+        raise UnresolvedError("where the slice begins and ends is computed")
+    axes = axes if axes is not None else list(range(len(starts)))
+    steps = steps if steps is not None else [1] * len(starts)
+    found: dict[int, Array] = {}
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        axis %= data.rank
+        extent = data.extent(axis)
+        if extent is None:
+            if start == 0 and step == 1 and end >= 2**31 - 1:
+                continue
+            found[axis] = np.zeros(0, np.int64)
+            continue
+        found[axis] = np.arange(extent)[slice(start, end if end >= -extent or step > 0 else None, step)]
+    return {a: p for a, p in found.items() if data.extent(a) is None or len(p) != data.extent(a) or _reversed(p)}
+
+
+def _missing(view: View, slot: int, value: list[int] | None) -> bool:
+    return view.version >= 10 and view.input(slot) is not None and value is None
+
+
+def _reversed(positions: Array) -> bool:
+    return len(positions) > 1 and bool(positions[0] > positions[-1])
+
+
+def _slice(view: View) -> Relation:
+    data, output = view.data(), view.output()
+    positions = slice_positions(view)
+    static = {axis: p for axis, p in positions.items() if data.extent(axis) is not None}
+    if not static:
+        return _free_slice(view, set(positions))
+    if len(positions) > 1:
+        return _many_slices(view, positions)
+    (axis, taken), = static.items()
+    if output.extent(axis) != len(taken):
+        raise UnresolvedError("the slice does not fit the inferred shape")
+    link = Link(0, -1, taken, np.arange(len(taken)))
+    shapes = [data.shape, *[None] * (len(view.inputs) - 1)]
+    return linked(shapes, [output.shape], axis, [link])
+
+
+def _free_slice(view: View, cut: set[int]) -> Relation:
+    names = [f"a{axis}" for axis in range(view.data().rank)]
+    left = " ".join(f"[{n}]" if axis in cut else n for axis, n in enumerate(names))
+    right = " ".join(f"[{n}o]" if axis in cut else n for axis, n in enumerate(names))
+    return _with_other_inputs(view, resolve(f"{left} -> {right}", [_shape(view.data())], [_shape(view.output())]))
+
+
+def _many_slices(view: View, positions: dict[int, Array]) -> Relation:
+    """Several axes cut: each with a link of its own; those of free extent stay whole."""
+    relation = _free_slice(view, set(positions))
+    links = {}
+    sizes = dict(relation.sizes)
+    inputs, outputs = list(relation.inputs[0] or ()), list(relation.outputs[0] or ())
+    pinned = set(relation.pinned)
+    for axis, taken in positions.items():
+        if view.data().extent(axis) is None or view.output().extent(axis) != len(taken):
+            continue
+        name = f"s{axis}"
+        links[name] = (Link(0, -1, taken, np.arange(len(taken))),)
+        sizes[f"{name}@0"], sizes[f"{name}@-1"] = view.data().extent(axis), len(taken)
+        inputs[axis], outputs[axis] = (name,), (name,)
+        pinned -= {f"a{axis}", f"a{axis}o"}
+    rest = [None] * (len(view.inputs) - 1)
+    return Relation((tuple(inputs), *rest), (tuple(outputs),), sizes, frozenset(pinned), links)
+
+
+def _slice_rewrite(view: View) -> Rewrite:
+    """New bounds: kept positions of a slice follow each other again, whatever was taken from between."""
+    data = view.data()
+    positions = {a: p for a, p in slice_positions(view).items() if data.extent(a) is not None and view.shrinks(0, a)}
+    if not positions:
+        return Rewrite()
+    bounds = {axis: _bounds(view, axis, taken) for axis, taken in positions.items()}
+    old = view.version < 10
+    starts, ends = view.ints(1, "starts" if old else None), view.ints(2, "ends" if old else None)
+    axes = view.ints(3, "axes" if old else None)
+    assert starts is not None
+    assert ends is not None
+    for index, axis in enumerate(axes if axes is not None else range(len(starts))):
+        if axis % data.rank in bounds:
+            starts[index], ends[index] = bounds[axis % data.rank]
+    if old:
+        return Rewrite(attributes={"starts": starts, "ends": ends})
+    dtype = view.data(1).dtype
+    return Rewrite(constants={1: np.array(starts, dtype), 2: np.array(ends, dtype)})
+
+
+def _bounds(view: View, axis: int, taken: Array) -> tuple[int, int]:
+    kept = view.kept[0][axis]
+    assert kept is not None
+    position = np.cumsum(kept) - 1
+    stay = taken[kept[taken]]
+    first, last = int(position[stay[0]]), int(position[stay[-1]])
+    if first > last:
+        return first, last - 1 if last > 0 else -(2**31)
+    return first, last + 1
+
+
+def _slice_retain(view: View) -> list[Keep]:
+    """A stride counts positions: along such an axis nothing between may leave."""
+    keeps = []
+    for axis, taken in slice_positions(view).items():
+        extent = view.data().extent(axis)
+        if extent is not None and len(taken) > 1 and abs(int(taken[1] - taken[0])) > 1:
+            keeps.append(Keep(0, axis, np.ones(extent, np.bool_), "a slice with a stride counts positions"))
+    return keeps
+
+
+register(Rule("Slice", relate=_slice, forward=layout, retain=_slice_retain, rewrite=_slice_rewrite))
+
+
+# --- Pad --------------------------------------------------------------------------------------------------------
+
+
+def _pads(view: View) -> tuple[list[int], list[int], list[int]]:
+    """Axes, and how much is added before and after each."""
+    old = view.version < 11
+    pads = view.ints(1, "pads" if old else None)
+    if pads is None:
+        raise UnresolvedError("how much is padded is computed")
+    axes = view.ints(3) if view.version >= 18 else None
+    if view.version >= 18 and view.input(3) is not None and axes is None:
+        raise UnresolvedError("which axes are padded is computed")
+    rank = view.data().rank
+    axes = [a % rank for a in axes] if axes is not None else list(range(rank))
+    half = len(pads) // 2
+    return axes, pads[:half], pads[half:]
+
+
+def _pad(view: View) -> Relation:
+    axes, before, after = _pads(view)
+    padded = {a: (b, e) for a, b, e in zip(axes, before, after, strict=True) if b or e}
+    channel = 1 in padded and view.data().rank >= 3
+    rank = view.data().rank
+    names = [f"a{axis}" for axis in range(rank)]
+    left = " ".join(f"[{n}]" if axis in padded else n for axis, n in enumerate(names))
+    right = " ".join(f"[{n}o]" if axis in padded else n for axis, n in enumerate(names))
+    relation = resolve(f"{left} -> {right}", [_shape(view.data())], [_shape(view.output())])
+    last = {rank - 1} & set(padded)
+    for axis in ({1} if channel else last):
+        relation = _pad_link(view, relation, axis, padded[axis])
+    return _with_other_inputs(view, relation)
+
+
+def _pad_link(view: View, relation: Relation, axis: int, amount: tuple[int, int]) -> Relation:
+    """The padded axis of channels as an index map; added positions come from nowhere."""
+    extent, result = view.data().extent(axis), view.output().extent(axis)
+    if extent is None or result is None or min(amount) < 0 or view.attribute("mode", "constant") != "constant":
+        return relation
+    name = f"p{axis}"
+    link = Link(0, -1, np.arange(extent), np.arange(amount[0], amount[0] + extent))
+    inputs, outputs = list(relation.inputs[0] or ()), list(relation.outputs[0] or ())
+    inputs[axis], outputs[axis] = (name,), (name,)
+    sizes = {**relation.sizes, f"{name}@0": extent, f"{name}@-1": result}
+    pinned = relation.pinned - {f"a{axis}", f"a{axis}o"}
+    return Relation((tuple(inputs),), (tuple(outputs),), sizes, pinned, {name: (link,)})
+
+
+def _pad_value(view: View) -> Array | None:
+    """The constant that is added, None when it is not known or not a constant."""
+    dtype = view.data().dtype or np.dtype(np.float32)
+    if view.attribute("mode", "constant") != "constant":
+        return None
+    if view.version < 11:
+        return np.array(view.attribute("value", 0.0), dtype)
+    operand = view.input(2)
+    if operand is None:
+        return np.zeros((), dtype)
+    value = operand.value()
+    return None if value is None else value.reshape(())
+
+
+def _pad_forward(view: View) -> list[Known | None]:
+    """A channel of the padding's own value stays uniform; channels that are added hold that value."""
+    value = _pad_value(view)
+    relation = view.relation
+    assert relation is not None
+    if value is None:
+        return [None]
+    known = view.data().known
+    spread = tuple(a for a, f in enumerate(relation.inputs[0] or ()) if f and f[0] in relation.pinned)
+    axes, before, after = _pads(view)
+    spread = tuple(a for a, b, e in zip(axes, before, after, strict=True) if (b or e) and a in spread)
+    mask: BoolArray = known.mask & (known.value == value)
+    mask = mask.all(axis=spread, keepdims=True) if spread else mask
+    return [_pad_added(view, mask, value)]
+
+
+def _pad_added(view: View, mask: BoolArray, value: Array) -> Known | None:
+    from onnxshrink.notation import transfer
+
+    relation = view.relation
+    assert relation is not None
+    moved_mask = transfer(relation, mask, 0, -1, fill=True)
+    if not moved_mask.any():
+        return None
+    return partial(moved_mask, np.broadcast_to(value, (1,) * view.output().rank))
+
+
+def _pad_rewrite(view: View) -> Rewrite:
+    axes, before, after = _pads(view)
+    changed = False
+    for index, axis in enumerate(axes):
+        extent, kept = view.data().extent(axis), view.kept[-1][axis]
+        if kept is None or extent is None or not view.shrinks(-1, axis) or not (before[index] or after[index]):
+            continue
+        start = before[index]
+        before[index] = int(kept[:start].sum())
+        after[index] = int(kept[start + extent :].sum())
+        changed = True
+    if not changed:
+        return Rewrite()
+    if view.version < 11:
+        return Rewrite(attributes={"pads": before + after})
+    return Rewrite(constants={1: np.array(before + after, np.int64)})
+
+
+register(Rule("Pad", since=2, relate=_pad, forward=_pad_forward, rewrite=_pad_rewrite))
+
+
+# --- Repeating --------------------------------------------------------------------------------------------------
+
+
+def _expand(view: View) -> Relation:
+    relation = resolve("*a -> *a", [_shape(view.data())], [_shape(view.output())])
+    return _with_other_inputs(view, relation)
+
+
+def _expand_forward(view: View) -> list[Known | None]:
+    known, rank = view.data().known, view.output().rank
+    if not known.anything:
+        return [None]
+    lead = (1,) * (rank - known.mask.ndim)
+    return [Known(known.mask.reshape(lead + known.mask.shape), known.value.reshape(lead + known.value.shape))]
+
+
+def _expand_rewrite(view: View) -> Rewrite:
+    """The target may be shorter than the output's rank, or hold ones where the input is larger."""
+    output, target = view.output(), view.data(1)
+    mask = np.array([view.shrinks(-1, axis) for axis in range(output.rank)], np.bool_)
+    if not mask.any():
+        return Rewrite()
+    length = target.extent(0)
+    assert length is not None
+    counts = np.array([view.kept_count(-1, axis) or 1 for axis in range(output.rank)], np.int64)[-length:]
+    mask = mask[-length:]
+    value = target.value()
+    if value is None:
+        return Rewrite(partly={1: (mask, counts)})
+    return Rewrite(constants={1: np.where(mask & (value != 1), counts, value)})
+
+
+register(Rule("Expand", since=8, relate=_expand, forward=_expand_forward, rewrite=_expand_rewrite))
+_ = (moved, nothing, pointwise, _passing)

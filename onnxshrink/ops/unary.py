@@ -1,0 +1,56 @@
+"""Operators with one data input that work on each element alone: same index in and out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxshrink.facts import everything
+from onnxshrink.families import pointwise
+from onnxshrink.notation import Relation, UnresolvedError, elementwise, resolve
+from onnxshrink.registry import Rule, register
+from onnxshrink.view import View
+from onnxshrink.weights import BoolArray
+
+WORDS = """
+    Abs BitwiseNot Ceil Celu Elu Erf Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Mish Neg Not Relu
+    Round Selu Shrink Sigmoid Sign Sin Cos Atan Asinh Softplus Softsign Swish Tanh ThresholdedRelu Cast
+"""
+
+# These overflow, or have no finite value everywhere. An element that nothing needs may hold anything once its inputs
+# are gone; here it must not, or a later multiplication by zero would not give zero.
+PARTIAL_WORDS = "Acos Acosh Asin Atanh Cosh Exp Log Reciprocal Sinh Sqrt Tan"
+
+
+def needed_throughout(view: View) -> list[BoolArray | None]:
+    """Every element of every input, if any element of the output is live."""
+    return [None if operand is None else everything(operand.rank) for operand in view.inputs]
+
+
+for _word in WORDS.split():
+    register(Rule(_word, relate="*a -> *a", forward=pointwise))
+for _word in PARTIAL_WORDS.split():
+    register(Rule(_word, relate="*a -> *a", forward=pointwise, backward=needed_throughout))
+
+
+def _first_input(view: View) -> Relation:
+    """The further inputs are scalars or types."""
+    shapes = [view.data().shape, *[None] * (len(view.inputs) - 1)]
+    return resolve("*a -> *a, *a", shapes, view.shapes(view.outputs))
+
+
+def _dropout(view: View) -> Relation:
+    training = view.input(2)
+    if training is not None:
+        value = training.value()
+        if value is None or bool(np.any(value)):
+            raise UnresolvedError("dropout in training mode is random")
+    return _first_input(view)
+
+
+register(Rule("Clip", until=10, relate="*a -> *a", forward=pointwise))
+register(
+    Rule("Clip", since=11, relate=lambda v: elementwise(v.shapes(v.inputs), v.shapes(v.outputs)), forward=pointwise)
+)
+register(Rule("Dropout", until=11, relate=_first_input, forward=None))
+register(Rule("Dropout", since=12, relate=_dropout, forward=None))
+register(Rule("CastLike", relate=_first_input, forward=None))

@@ -1,0 +1,483 @@
+"""Which indices of which axis stay: the least fixpoint of *kept*, with a cause for each growth. Names no operator.
+
+Every axis starts from the indices that hold a live element. Then, node by node until nothing grows, the sets are made
+to agree with the node's factors and index maps. Growth only, so it ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxshrink.analyse import Analysis
+from onnxshrink.facts import project
+from onnxshrink.graph import Node
+from onnxshrink.notation import AxisSpec, Relation
+from onnxshrink.registry import Keep
+from onnxshrink.view import Fold, Operand, View
+from onnxshrink.weights import Array, BoolArray
+
+Kept = list[BoolArray | None]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an index stays: the node that asked, the tensor that it came from, and the reason in words."""
+
+    node: str
+    source: str
+    reason: str
+
+
+LIVE = Cause("", "", "live")
+INTERFACE = Cause("", "", "an input or output of the model")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What stays of every tensor, and what is folded where. Data only.
+
+    Attributes:
+        kept: per computed tensor, per axis, a mask of what stays; None for an axis of unknown extent.
+        present: tensors that are computed at all.
+        folds: per node index, per input, constants that leave.
+        frozen: per node index, per input, the compressed constant that takes the place of a computed tensor.
+        constants: per node index, per constant (or frozen) input, per axis, a mask of what this use keeps.
+        causes: every cause, referred to by number.
+        cause: per tensor, per axis, the number of the cause of each index; -1: does not stay.
+    """
+
+    kept: dict[str, Kept]
+    present: set[str]
+    folds: dict[int, dict[int, Fold]] = field(default_factory=dict)
+    frozen: dict[int, dict[int, Array]] = field(default_factory=dict)
+    constants: dict[int, dict[int, Kept]] = field(default_factory=dict)
+    causes: list[Cause] = field(default_factory=list)
+    cause: dict[str, list[Array | None]] = field(default_factory=dict)
+
+    def shrinks(self, name: str) -> bool:
+        """Whether a tensor that stays loses indices."""
+        return name in self.present and any(k is not None and not k.all() for k in self.kept[name])
+
+
+def make_plan(analysis: Analysis) -> Plan:
+    """The smallest sets that agree with every node of the graph."""
+    planner = _Planner(analysis)
+    planner.start()
+    planner.grow()
+    while planner.settle():
+        planner.grow()
+    return planner.finish()
+
+
+class _Planner:
+    """The growing sets."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.nodes = analysis.nodes()
+        self.kept: dict[str, Kept] = {}
+        self.cause: dict[str, list[Array | None]] = {}
+        self.causes = [LIVE, INTERFACE]
+        self.present: set[str] = set()
+        self.frozen: dict[int, dict[int, Array]] = {}
+        self.users: dict[str, list[Node]] = {}
+        self.queue: deque[Node] = deque()
+        self.queued: set[int] = set()
+        self._views: dict[int, View] = {}
+
+    # --- where the sets start -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        for name in self.analysis.graph.inputs:
+            self._start_tensor(name)
+        for node in self.nodes:
+            for name in (*node.inputs, *node.captured, *node.outputs):
+                if name and name not in self.analysis.constants:
+                    self.users.setdefault(name, []).append(node)
+                    self._start_tensor(name)
+        interface = (*self.analysis.graph.inputs, *self.analysis.graph.outputs)
+        for name in interface:
+            if name in self.kept:
+                self._keep_all(name)
+        for node in self.nodes:
+            self.frozen[node.index] = self._freeze(node)
+        for node in reversed(self.nodes):
+            self._enqueue(node)
+
+    def _start_tensor(self, name: str) -> None:
+        if name in self.kept:
+            return
+        shape, live = self.analysis.graph.shape(name), self.analysis.live(name)
+        kept: Kept = []
+        for axis, extent in enumerate(shape or ()):
+            kept.append(project(live, axis, extent) if isinstance(extent, int) else None)
+        self.kept[name] = kept
+        self.cause[name] = [None if k is None else np.where(k, 0, -1).astype(np.int32) for k in kept]
+        if shape is None or live.any():
+            self.present.add(name)
+
+    def _keep_all(self, name: str) -> None:
+        self.present.add(name)
+        for axis, kept in enumerate(self.kept[name]):
+            if kept is not None:
+                self._add(name, axis, np.ones_like(kept), INTERFACE)
+
+    def _freeze(self, node: Node) -> dict[int, Array]:
+        """Computed inputs that this node can take as a constant instead."""
+        rule = self.analysis.rules[node.index]
+        if rule is None or not rule.absorbs:
+            return {}
+        view = self.analysis.view(node)
+        output = view.output()
+        frozen: dict[int, Array] = {}
+        for slot, operand in enumerate(view.inputs):
+            if operand is None or operand.constant is not None or not operand.known.everything:
+                continue
+            others = [o for s, o in enumerate(view.inputs) if s != slot and s not in frozen and o is not None]
+            if _covers(output, others, operand):
+                frozen[slot] = operand.known.value
+        return frozen
+
+    # --- growth -------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, node: Node) -> None:
+        if node.index not in self.queued:
+            self.queued.add(node.index)
+            self.queue.append(node)
+
+    def _touch(self, name: str) -> None:
+        for node in self.users.get(name, ()):
+            self._enqueue(node)
+
+    def _add(self, name: str, axis: int, indices: BoolArray, cause: Cause) -> bool:
+        kept = self.kept[name][axis]
+        if kept is None:
+            return False
+        new = indices & ~kept
+        if not new.any():
+            return False
+        if cause not in self.causes[-1:]:
+            self.causes.append(cause)
+        numbers = self.cause[name][axis]
+        assert numbers is not None
+        numbers[new] = len(self.causes) - 1
+        kept |= new
+        self._touch(name)
+        return True
+
+    def _appear(self, name: str) -> None:
+        if name not in self.present:
+            self.present.add(name)
+            self._touch(name)
+
+    def grow(self) -> None:
+        """Make the sets agree with every node until nothing changes."""
+        while self.queue:
+            node = self.queue.popleft()
+            self.queued.discard(node.index)
+            if self.active(node):
+                self._agree(node)
+
+    def active(self, node: Node) -> bool:
+        """Whether the node is computed at all."""
+        return any(name in self.present for name in node.outputs)
+
+    def slot_name(self, node: Node, slot: int) -> str | None:
+        """The computed tensor at a slot; None for constants, frozen inputs and tensors that are not there."""
+        names = (*node.inputs, *node.captured) if slot >= 0 else node.outputs
+        name = names[slot if slot >= 0 else -1 - slot]
+        if name not in self.kept or (slot >= 0 and slot in self.frozen[node.index]):
+            return None
+        return name if name in self.present else None
+
+    def _agree(self, node: Node) -> None:
+        relation = self.analysis.relations[node.index]
+        self._demand_inputs(node, relation)
+        slots = [(slot, spec, name) for slot, spec in relation.slots() if (name := self.slot_name(node, slot))]
+        self._agree_on_factors(node, relation, [(slot, spec, name) for slot, spec, name in slots])
+        self._agree_on_links(node, relation)
+        self._balance(node, relation, slots)
+        rule = self.analysis.rules[node.index]
+        if rule is not None and rule.retain is not None:
+            self._retain(node, rule.retain(self.view(node)))
+
+    def _demand_inputs(self, node: Node, relation: Relation) -> None:
+        optional = joined_inputs(relation)
+        for slot, name in enumerate((*node.inputs, *node.captured)):
+            if name not in self.kept or slot in self.frozen[node.index] or name in self.present:
+                continue
+            axis = optional.get(slot)
+            kept = self.kept[name][axis] if axis is not None else None
+            if kept is None or kept.any():
+                self._appear(name)
+
+    def _retain(self, node: Node, keeps: Iterable[Keep]) -> bool:
+        grown = False
+        for keep in keeps:
+            name = self.slot_name(node, keep.slot)
+            if name is not None:
+                grown |= self._add(name, keep.axis, keep.indices, Cause(node.label, name, keep.reason))
+        return grown
+
+    def _agree_on_factors(
+        self, node: Node, relation: Relation, slots: list[tuple[int, tuple[AxisSpec, ...], str]]
+    ) -> None:
+        unions, origin = self._unions(relation, slots)
+        for factor in relation.pinned:
+            size = relation.sizes.get(factor)
+            if size is not None and factor not in relation.links:
+                unions[factor] = np.ones(size, np.bool_)
+                origin[factor] = ""
+        for _slot, spec, name in slots:
+            for axis, factors in enumerate(spec):
+                if not factors or self.kept[name][axis] is None or factors[0] in relation.links:
+                    continue
+                if factors[0] in relation.ragged and len(factors) > 1:
+                    continue
+                wanted = _product(factors, unions)
+                if wanted is not None:
+                    source = next((origin[f] for f in factors if origin.get(f, name) != name), name)
+                    self._add(name, axis, wanted, _cause(node, source, name))
+
+    def _unions(
+        self, relation: Relation, slots: list[tuple[int, tuple[AxisSpec, ...], str]]
+    ) -> tuple[dict[str, BoolArray], dict[str, str]]:
+        """Per factor, the indices that any operand keeps, and the operand that keeps most of them."""
+        unions: dict[str, BoolArray] = {}
+        origin: dict[str, str] = {}
+        for _slot, spec, name in slots:
+            for axis, factors in enumerate(spec):
+                kept = self.kept[name][axis]
+                if kept is None or not factors or factors[0] in relation.links:
+                    continue
+                for factor, part in _projections(factors, kept, relation).items():
+                    before = unions.get(factor)
+                    if before is None:
+                        unions[factor], origin[factor] = part, name
+                    else:
+                        if (part & ~before).any():
+                            origin[factor] = name
+                        unions[factor] = before | part
+        return unions, origin
+
+    def _agree_on_links(self, node: Node, relation: Relation) -> None:
+        for factor, links in relation.links.items():
+            for link in links:
+                self._follow(node, relation, factor, link.input, link.output, link.source, link.target)
+
+    def _follow(
+        self, node: Node, relation: Relation, factor: str, slot: int, output: int, source: Array, target: Array
+    ) -> None:
+        names = self.slot_name(node, slot), self.slot_name(node, output)
+        ends = [(slot, source), (output, target)]
+        sets: list[tuple[str, int, BoolArray]] = []
+        for name, (end, _) in zip(names, ends, strict=True):
+            axis = _axis_of(relation, end, factor)
+            if name is None:
+                raw = self._raw_name(node, end)
+                name = raw if raw is not None else ""
+            kept = self.kept[name][axis] if name else None
+            if kept is None:
+                return
+            sets.append((name, axis, kept))
+        (a, axis_a, kept_a), (b, axis_b, kept_b) = sets
+        together = kept_a[source] | kept_b[target]
+        if factor in relation.pinned:
+            together = np.ones_like(together)
+        if not together.any():
+            return
+        for name, axis, index, kept, other in ((a, axis_a, source, kept_a, b), (b, axis_b, target, kept_b, a)):
+            wanted = np.zeros_like(kept)
+            wanted[index[together]] = True
+            self._appear(name)
+            self._add(name, axis, wanted, _cause(node, other, name))
+
+    def _raw_name(self, node: Node, slot: int) -> str | None:
+        names = (*node.inputs, *node.captured) if slot >= 0 else node.outputs
+        name = names[slot if slot >= 0 else -1 - slot]
+        return name if name in self.kept and slot not in self.frozen[node.index] else None
+
+    def _balance(self, node: Node, relation: Relation, slots: list[tuple[int, tuple[AxisSpec, ...], str]]) -> None:
+        """Ragged factors: the same blocks in every operand, and equally many indices in each block of an axis."""
+        for factor in relation.ragged:
+            axes = [
+                (name, axis)
+                for _slot, spec, name in slots
+                for axis, factors in enumerate(spec)
+                if factors[:1] == (factor,) and self.kept[name][axis] is not None
+            ]
+            self._balance_axes(node, axes, relation.sizes[factor] or 1)
+
+    def _balance_axes(self, node: Node, axes: list[tuple[str, int]], blocks: int) -> None:
+        grids = []
+        for name, axis in axes:
+            kept = self.kept[name][axis]
+            assert kept is not None
+            grids.append(kept.reshape(blocks, -1))
+        used = np.any([grid.any(axis=1) for grid in grids], axis=0)
+        for (name, axis), grid in zip(axes, grids, strict=True):
+            wanted = level(grid, used, max(1, int(grid.sum(axis=1).max())))
+            reason = "every group of a grouped operator keeps equally many"
+            self._add(name, axis, wanted.reshape(-1), Cause(node.label, name, reason))
+
+    # --- when nothing grows by itself ---------------------------------------------------------------------------
+
+    def settle(self) -> bool:
+        """Ask for representatives of constants, then for one index where an axis has none. True if that grew a set."""
+        grown = False
+        for node in self.nodes:
+            rule = self.analysis.rules[node.index]
+            if rule is not None and rule.represent is not None and self.active(node):
+                grown |= self._retain(node, rule.represent(self.view(node)))
+                self.grow()
+        return grown or self._fill()
+
+    def _fill(self) -> bool:
+        for name in self.kept:
+            if name not in self.present:
+                continue
+            for axis, kept in enumerate(self.kept[name]):
+                if kept is not None and kept.size and not kept.any():
+                    first = np.zeros_like(kept)
+                    first[0] = True
+                    self._add(name, axis, first, Cause("", name, "an axis keeps at least one index"))
+                    return True
+        return False
+
+    # --- the result ---------------------------------------------------------------------------------------------
+
+    def view(self, node: Node) -> View:
+        """The node with what it keeps now."""
+        view = self._views.get(node.index)
+        if view is None:
+            view = self.analysis.view(node)
+            self._views[node.index] = view
+        view.kept.clear()
+        view.kept.update(self._kept_of(node, view))
+        return view
+
+    def _kept_of(self, node: Node, view: View) -> dict[int, Kept]:
+        relation = self.analysis.relations[node.index]
+        kept: dict[int, Kept] = {}
+        slots = []
+        for slot in (*range(len(view.inputs)), *(-1 - i for i in range(len(view.outputs)))):
+            raw = self._raw_name(node, slot)
+            if raw is not None:
+                kept[slot] = self.kept[raw]
+            name, spec = self.slot_name(node, slot), relation.spec(slot)
+            if name is not None and spec is not None:
+                slots.append((slot, spec, name))
+        unions, _ = self._unions(relation, slots)
+        axes = {f: self.kept[n][a] for _s, spec, n in slots for a, f in enumerate(spec) if len(f) > 1}
+        for slot, operand in enumerate(view.inputs):
+            if operand is not None and slot not in kept:
+                kept[slot] = [self._of_spec(relation, slot, axis, operand, unions, axes) for axis in range(operand.rank)]
+        return kept
+
+    def _of_spec(
+        self,
+        relation: Relation,
+        slot: int,
+        axis: int,
+        operand: Operand,
+        unions: dict[str, BoolArray],
+        axes: dict[AxisSpec, BoolArray | None],
+    ) -> BoolArray | None:
+        """What a constant keeps of one axis: the same as an operand with the same factors, else their product."""
+        extent = operand.extent(axis)
+        spec = relation.spec(slot)
+        if extent is None:
+            return None
+        factors = spec[axis] if spec is not None else ()
+        if not factors or factors[0] in relation.links:
+            return np.ones(extent, np.bool_)
+        same = axes.get(factors)
+        if same is not None:
+            return same
+        wanted = _product(factors, {f: unions.get(f, np.ones(relation.sizes[f] or 1, np.bool_)) for f in factors})
+        assert wanted is not None
+        return wanted
+
+    def finish(self) -> Plan:
+        plan = Plan(self.kept, self.present, {}, {}, {}, self.causes, self.cause)
+        for node in self.nodes:
+            if not self.active(node):
+                continue
+            rule, view = self.analysis.rules[node.index], self.view(node)
+            plan.frozen[node.index] = self.frozen[node.index]
+            plan.constants[node.index] = {
+                slot: view.kept[slot] for slot in range(len(view.inputs)) if self._raw_name(node, slot) is None
+                and slot in view.kept
+            }
+            if rule is not None and rule.fold is not None:
+                plan.folds[node.index] = dict(rule.fold(view))
+        return plan
+
+
+def level(grid: BoolArray, used: BoolArray, count: int) -> BoolArray:
+    """Raise every used row of `grid` to `count` indices, first those that are there, then the lowest."""
+    order = np.argsort(~grid, axis=1, kind="stable")
+    wanted = np.zeros_like(grid)
+    np.put_along_axis(wanted, order[:, :count], True, axis=1)
+    return wanted & used[:, None]
+
+
+def _covers(output: Operand, others: list[Operand], operand: Operand) -> bool:
+    """Whether the output keeps its shape when `operand` becomes a compressed constant."""
+    if output.shape is None or operand.shape is None or not others:
+        return False
+    for position in range(1, output.rank + 1):
+        extent = output.shape[-position]
+        mine = operand.shape[-position] if position <= operand.rank else 1
+        reached = [o.shape[-position] for o in others if o.shape is not None and position <= o.rank]
+        if extent not in reached and mine != 1:
+            return False
+        if extent is None and mine != 1:
+            return False
+    return max((o.rank for o in others), default=0) == output.rank
+
+
+def _projections(factors: AxisSpec, kept: BoolArray, relation: Relation) -> dict[str, BoolArray]:
+    if len(factors) == 1:
+        return {factors[0]: kept}
+    sizes = [relation.sizes[f] for f in factors]
+    if any(size is None for size in sizes):
+        return {}
+    grid = kept.reshape([size or 1 for size in sizes])
+    axes = range(len(factors))
+    return {f: grid.any(axis=tuple(a for a in axes if a != i)) for i, f in enumerate(factors)}
+
+
+def _product(factors: AxisSpec, unions: dict[str, BoolArray]) -> BoolArray | None:
+    if any(factor not in unions for factor in factors):
+        return None
+    result = unions[factors[0]]
+    for factor in factors[1:]:
+        result = np.logical_and.outer(result, unions[factor]).reshape(-1)
+    return result
+
+
+def _axis_of(relation: Relation, slot: int, factor: str) -> int:
+    spec = relation.spec(slot)
+    assert spec is not None
+    return next(axis for axis, factors in enumerate(spec) if factors == (factor,))
+
+
+def joined_inputs(relation: Relation) -> dict[int, int]:
+    """Inputs laid end to end along a linked axis: one that keeps nothing there is left out of the node."""
+    found: dict[int, int] = {}
+    for factor, links in relation.links.items():
+        inputs = {link.input for link in links}
+        if len(inputs) > 1 and len({link.output for link in links}) == 1:
+            found.update({slot: _axis_of(relation, slot, factor) for slot in inputs})
+    return found
+
+
+def _cause(node: Node, source: str, name: str) -> Cause:
+    if not source:
+        return Cause(node.label, source, "the operator keeps this axis whole")
+    return Cause(node.label, source, "it stays in " + source if source != name else "axes keep a product")

@@ -1,0 +1,135 @@
+"""The table of rules: one per operator, domain and opset range. An operator without one is kept whole."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+from onnxshrink.errors import RuleError
+from onnxshrink.facts import Known
+from onnxshrink.notation import Relation, resolve
+from onnxshrink.view import Fold, View
+from onnxshrink.weights import Array, BoolArray
+
+NEWEST = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """Indices of one input axis that a node needs although no element there is live, and the reason."""
+
+    slot: int
+    axis: int
+    indices: BoolArray
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite:
+    """What changes at a node besides the slices that its notation tells.
+
+    Attributes:
+        constants: new values of constant inputs by slot; arrays, or functions that make them when written.
+        attributes: new attribute values; None removes one.
+        add: array to be added to the first output, broadcast.
+        multiply: array to multiply the first output by, broadcast; before `add`.
+        partly: inputs that stay computed except for the elements given, `(mask, values)`.
+        fixed: elements of the first output that are given a value, `(mask, values)`.
+        bypass: input that the readers of the output may read instead.
+    """
+
+    constants: Mapping[int, Array | Callable[[], Array]] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    add: Array | None = None
+    multiply: Array | None = None
+    partly: Mapping[int, tuple[BoolArray, Array]] = field(default_factory=dict)
+    fixed: tuple[BoolArray, Array] | None = None
+    bypass: int | None = None
+
+
+Relate = Callable[[View], Relation]
+Forward = Callable[[View], "list[Known | None]"]
+Backward = Callable[[View], "list[BoolArray | None]"]
+Retain = Callable[[View], Iterable[Keep]]
+FoldFunction = Callable[[View], Mapping[int, Fold]]
+RewriteFunction = Callable[[View], Rewrite]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What is to be said of an operator.
+
+    Attributes:
+        relate: notation, or a function that makes the relation of a node.
+        forward: what is known of the outputs; None: only what follows when all inputs are known.
+        backward: what is needed of the inputs; None: what the relation says.
+        retain: indices of inputs that must stay.
+        represent: asked when nothing else grows: indices that should stay so that others can be folded in them.
+        fold: constants other than zero that leave.
+        rewrite: what changes besides slicing.
+        absorbs: inputs whose known elements the operator takes as a compressed constant of any broadcastable shape.
+        refusal: why the operator is kept whole.
+    """
+
+    op: str
+    domain: str = ""
+    since: int = 1
+    until: int = NEWEST
+    relate: Relate | str = ""
+    forward: Forward | None = None
+    backward: Backward | None = None
+    retain: Retain | None = None
+    represent: Retain | None = None
+    fold: FoldFunction | None = None
+    rewrite: RewriteFunction | None = None
+    absorbs: bool = False
+    refusal: str | None = None
+
+    def relation(self, view: View) -> Relation:
+        """The relation of one node. Raises UnresolvedError."""
+        if isinstance(self.relate, str):
+            return resolve(self.relate, view.shapes(view.inputs), view.shapes(view.outputs))
+        return self.relate(view)
+
+
+_rules: dict[tuple[str, str], list[Rule]] = {}
+_loaded = False
+
+
+def register(rule: Rule) -> Rule:
+    """Add a rule. Raises RuleError when one for the same operator and opset is there already."""
+    for other in _rules.setdefault((rule.domain, rule.op), []):
+        if rule.since <= other.until and other.since <= rule.until:
+            raise RuleError(f"two rules for {rule.domain or 'ai.onnx'}.{rule.op} at opset {max(rule.since, other.since)}")
+    _rules[rule.domain, rule.op].append(rule)
+    return rule
+
+
+def load() -> None:
+    """Import every module of `onnxshrink.ops`, each of which registers its rules."""
+    global _loaded
+    if _loaded:
+        return
+    package = importlib.import_module("onnxshrink.ops")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"onnxshrink.ops.{module.name}")
+    _loaded = True
+
+
+def find(op: str, domain: str, version: int) -> Rule | None:
+    """The rule of an operator at an opset version, None when there is none."""
+    load()
+    for rule in _rules.get((domain, op), ()):
+        if rule.since <= version <= rule.until:
+            return rule
+    return None
+
+
+def rules() -> list[Rule]:
+    """Every rule, by domain, operator and opset."""
+    load()
+    return sorted((r for some in _rules.values() for r in some), key=lambda r: (r.domain, r.op, r.since))

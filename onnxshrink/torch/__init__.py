@@ -1,0 +1,12 @@
+"""The PyTorch front: modules and their masks, exported to ONNX and shrunk. Needs the extra `torch`."""
+
+from __future__ import annotations
+
+try:
+    import torch.nn as _torch_nn  # noqa: F401
+except ImportError as error:
+    raise ImportError("onnxshrink.torch needs PyTorch: pip install 'onnxshrink[torch]'") from error
+
+from onnxshrink.torch.export import export, export_onnx, masked_copy
+
+__all__ = ["export", "export_onnx", "masked_copy"]

@@ -1,0 +1,506 @@
+"""Do two models compute the same function? onnxruntime runs both, and the reference's own rounding sets the bound."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from . import inputs as drawing
+from .errors import DifferenceError, InputError
+from .inputs import Array, Feed, RunError
+
+ModelLike = str | os.PathLike[str] | onnx.ModelProto
+Kept = Mapping[str, Sequence[Array | None]]
+
+# The least bound, as a share of an output's range, by element type: what re-associated sums of a deep network may
+# differ by even where the reference happens to agree with itself to the last bit.
+FLOORS = {
+    "double": 1e-10,  # rounding is 1e-16; the rest is room for sums that cancel, far below any change of a weight
+    "float": 1e-5,  # about 80 roundings of 1.2e-7: a hundred layers deep, measured errors stay near 1e-6
+    "float16": 1e-2,  # about 10 roundings of 1e-3
+    "bfloat16": 5e-2,  # about 6 roundings of 8e-3
+}
+NOISE_FACTOR = 10.0  # another order of summation is as good as the one that the noise was measured with, within this
+WORST_LIMIT = 0.1  # a reference that differs from itself by more than this proves nothing, so nothing passes on it
+
+_CHUNK = 128  # intermediate tensors that one run exposes: bounds the memory that a search for a divergence takes
+_SMALL = 1024  # elements; larger initializers are weights, and only their shape matters for drawing inputs
+_LARGEST = 2**31 - 2**24  # bytes; protobuf serialises less than 2 GB
+
+_RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    *(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception)),
+    *(RuntimeError, ValueError, MemoryError, OSError, EncodeError),
+)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first tensor that differs: its error relative to its range, its noise, and its node ("Op name")."""
+
+    tensor: str
+    error: float
+    noise: float
+    node: str | None
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """How closely two models agree.
+
+    `error` is the worst absolute difference divided by the output's range (its largest magnitude, 1 if that is 0), over
+    all outputs and samples; for integers, the share of elements that differ. `noise` is the same figure for the
+    reference against itself, graph optimisations on against off; `multiple` is error / max(noise, floor); `absolute` is
+    the worst absolute difference. `limit` is the bound on `error`: max(floor, min(10 * noise, 0.1)), with a floor of
+    1e-5 for float32, 1e-2 for float16, 5e-2 for bfloat16, 1e-10 for double (1e-5 where weights are float32) and 0 for
+    everything else. Where outputs have several element types, the figures are of the type closest to its limit.
+    """
+
+    error: float
+    noise: float
+    multiple: float
+    absolute: float
+    samples: int
+    outputs: int
+    limit: float
+
+
+class OutputsDiffer(DifferenceError):  # noqa: N818 - reads as what it says
+    """The outputs (or the interfaces) of two models differ."""
+
+    def __init__(
+        self, message: str, equivalence: Equivalence | None = None, divergence: Divergence | None = None
+    ) -> None:
+        super().__init__(message)
+        self.equivalence = equivalence
+        self.divergence = divergence
+
+
+def verify(
+    reference: ModelLike,
+    candidate: ModelLike,
+    *,
+    inputs: Mapping[str, Array] | None = None,
+    samples: int = 2,
+    seed: int = 0,
+    kept: Kept | None = None,
+) -> Equivalence:
+    """Run both models on the same inputs and raise unless they agree; the figures are those of `Equivalence`.
+
+    Inputs missing from `inputs` are drawn at random, `samples` times, free dimensions in different sizes. `kept` tells
+    which indices of each axis of the reference's intermediate tensors the candidate still has (None: all), so that the
+    first diverging tensor can be found among tensors that shrank.
+
+    Raises OutputsDiffer (a DifferenceError) when interfaces or outputs differ, InputError when a model or input cannot
+    be used. The models are not changed.
+    """
+    if samples < 1:
+        raise InputError(f"samples must be at least 1, not {samples}")
+    with tempfile.TemporaryDirectory() as folder:
+        first = _Model(reference, "reference", Path(folder, "reference"))
+        second = _Model(candidate, "candidate", Path(folder, "candidate"))
+        _check_interface(first.light.graph, second.light.graph)
+        return _compare(first, second, inputs or {}, samples, seed, kept or {})
+
+
+def _compare(
+    reference: _Model, candidate: _Model, given: Mapping[str, Array], samples: int, seed: int, kept: Kept
+) -> Equivalence:
+    """One session at a time is alive, so that a model of several gigabytes is in memory once."""
+    described = drawing.describe(reference.light)
+    drawing.fixed_sizes(described, given)
+    session = _open(reference)
+    if all(item.name in given for item in described):
+        samples = 1
+    runs = drawing.draw_runnable(described, given, session.run, samples, seed)
+    floors = [_floor(kind, reference.single) for kind in session.types]
+    names = session.names
+    del session
+    feeds, expected = [feed for feed, _ in runs], [outputs for _, outputs in runs]
+    plain = _reference_noise(reference, feeds)
+    actual = _candidate_outputs(candidate, feeds)
+    scores = [
+        _Score(name, sample, floor, *_difference(a, b), noise=_difference(a, c)[0])
+        for sample, sets in enumerate(zip(expected, actual, plain or expected, strict=True))
+        for name, floor, a, b, c in zip(names, floors, *sets, strict=True)
+    ]
+    result, worst = _summary(scores, samples, len(names))
+    if result.error <= result.limit:
+        return result
+    search = _Search(reference, candidate, feeds[worst.sample], kept, optimised=plain is None)
+    divergence = search.first() or worst.divergence(candidate.light.graph)
+    raise OutputsDiffer(_message(result, worst, divergence), result, divergence)
+
+
+def _message(result: Equivalence, worst: _Score, divergence: Divergence) -> str:
+    figure = worst.reason or f"by {result.error:.2e} of the range"
+    where = f"'{divergence.tensor}'" + (f" of {divergence.node}" if divergence.node else "")
+    return (
+        f"output '{worst.name}' differs: {figure} (limit {result.limit:.2e}, the reference's own noise "
+        f"{result.noise:.2e}); first tensor that diverges: {where}, by {divergence.error:.2e}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the figures
+
+
+@dataclass(frozen=True)
+class _Score:
+    """One output of one sample."""
+
+    name: str
+    sample: int
+    floor: float
+    error: float
+    absolute: float
+    reason: str
+    noise: float
+
+    def divergence(self, graph: onnx.GraphProto) -> Divergence:
+        return Divergence(self.name, self.error, self.noise, _producers(graph).get(self.name))
+
+
+def _limit(floor: float, noise: float) -> float:
+    return max(floor, min(NOISE_FACTOR * noise, WORST_LIMIT))
+
+
+def _summary(scores: list[_Score], samples: int, outputs: int) -> tuple[Equivalence, _Score]:
+    """The figures of the element type that is closest to its limit, and the score that decided."""
+    ranked = []
+    for floor in {score.floor for score in scores}:
+        group = [score for score in scores if score.floor == floor]
+        worst, noise = max(group, key=lambda s: s.error), max(s.noise for s in group)
+        absolute, limit = max(s.absolute for s in group), _limit(floor, noise)
+        multiple = _ratio(worst.error, max(noise, floor))
+        result = Equivalence(worst.error, noise, multiple, absolute, samples, outputs, limit)
+        ranked.append((_ratio(worst.error, limit), result, worst))
+    _, result, worst = max(ranked, key=lambda r: r[0])
+    return result, worst
+
+
+def _ratio(error: float, unit: float) -> float:
+    return error / unit if unit else (float("inf") if error else 0.0)
+
+
+def _floor(kind: str, single: bool) -> float:
+    """The least bound for an onnxruntime type such as `seq(tensor(float))`; a double made of floats is no better."""
+    element = re.findall(r"\w+", kind)[-1]
+    return FLOORS.get("float" if element == "double" and single else element, 0.0)
+
+
+def _difference(a: Any, b: Any) -> tuple[float, float, str]:
+    """(error, absolute difference, why they cannot be compared or are not finite), over all parts of an output."""
+    parts, others = _parts(a), _parts(b)
+    if len(parts) != len(others):
+        return np.inf, np.inf, f"{len(parts)} elements became {len(others)}"
+    pairs = [_array_difference(x, y) for x, y in zip(parts, others, strict=True)]
+    return max(pairs, key=lambda p: p[0], default=(0.0, 0.0, ""))
+
+
+def _parts(value: Any) -> list[Array]:
+    """The arrays that an output is made of: a tensor, a sequence, a map (keys, then values), an absent optional."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [part for item in value for part in _parts(item)]
+    if isinstance(value, dict):
+        return [np.array(list(value)), np.array(list(value.values()))]
+    return [np.asarray(value)]
+
+
+def _array_difference(a: Array, b: Array) -> tuple[float, float, str]:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return np.inf, np.inf, f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}"
+    if not a.size:
+        return 0.0, 0.0, ""
+    if a.dtype.kind != "f":
+        different = a != b
+        absolute = np.abs(a.astype(float) - b.astype(float)).max() if a.dtype.kind in "iu" else float(different.any())
+        return float(different.mean()), float(absolute), ""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    finite = np.isfinite(x)
+    if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
+        return np.inf, np.inf, "infinite or NaN at other positions"
+    x, y = x[finite], y[finite]
+    absolute = float(np.abs(x - y).max(initial=0.0))
+    return absolute / (float(np.abs(x).max(initial=0.0)) or 1.0), absolute, ""
+
+
+# ------------------------------------------------------------------------------------------------ models and sessions
+
+
+class _Model:
+    """A model as onnxruntime can load it, and its graph without the weights' data."""
+
+    def __init__(self, source: ModelLike, label: str, folder: Path) -> None:
+        self.label = label
+        full = source if isinstance(source, onnx.ModelProto) else _read(source, label)
+        self.light = _skeleton(full)
+        self.path = None if isinstance(source, onnx.ModelProto) else Path(source)
+        self.proto = source if isinstance(source, onnx.ModelProto) else None
+        weights = [(t.data_type, t.dims) for t in full.graph.initializer]
+        self.single = any(kind == onnx.TensorProto.FLOAT for kind, _ in weights)
+        if self.proto is not None and sum(4 * int(np.prod(dims)) for _, dims in weights) > _LARGEST:
+            self.path, self.proto = _spill(self.proto, folder), None
+
+    def load(self, options: Any, exposed: Sequence[str]) -> Any:
+        """An onnxruntime session whose outputs also are the tensors named in `exposed`."""
+        source: Any = str(self.path) if self.proto is None else self.proto.SerializeToString()
+        if exposed and self.path is not None:
+            source = self.path.read_bytes()
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(self.path.parent.resolve())
+            )
+        if exposed:  # protobuf messages merge when their bytes are joined: no copy of the weights is edited
+            extra = onnx.ModelProto()
+            extra.graph.output.extend(onnx.ValueInfoProto(name=name) for name in exposed)
+            source += extra.SerializeToString()
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+class _Session:
+    """A single-threaded (so repeatable) and silent onnxruntime session; raises RunError."""
+
+    def __init__(self, model: _Model, optimised: bool = True, exposed: Sequence[str] = ()) -> None:
+        levels = ort.GraphOptimizationLevel
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        try:
+            self._session = model.load(options, exposed)
+        except _RUNTIME_ERRORS as error:
+            raise RunError(_first_line(error)) from error
+        self.names: list[str] = [output.name for output in self._session.get_outputs()]
+        self.types: list[str] = [output.type for output in self._session.get_outputs()]
+        self._halves = {i.name for i in self._session.get_inputs() if i.type == "tensor(bfloat16)"}
+        self._by_value = bool(self._halves) or "tensor(bfloat16)" in self.types
+
+    def run(self, feed: Feed) -> list[Any]:
+        try:
+            if not self._by_value:
+                return list(self._session.run(None, feed))
+            values = {name: _to_value(array, name in self._halves) for name, array in feed.items()}
+            return [_from_value(value) for value in self._session.run_with_ort_values(None, values)]
+        except _RUNTIME_ERRORS as error:
+            raise RunError(_first_line(error)) from error
+
+
+def _to_value(array: Array, half: bool) -> Any:
+    """numpy has no bfloat16: it is the upper half of a float32."""
+    if not half:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    bits = (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+
+
+def _from_value(value: Any) -> Array:
+    if value.data_type() != "tensor(bfloat16)":
+        return np.asarray(value.numpy())
+    shape = value.shape()
+    bits = np.frombuffer(ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape))), np.uint16)
+    return np.asarray((bits.astype(np.uint32) << 16).view(np.float32).reshape(shape))
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip().partition("\n")[0])
+
+
+def _open(model: _Model) -> _Session:
+    try:
+        return _Session(model)
+    except RunError as error:
+        raise InputError(
+            f"the {model.label} model does not load in onnxruntime ({error}); where the runtime lacks an operator, "
+            "use --no-verify"
+        ) from error
+
+
+def _reference_noise(reference: _Model, feeds: Iterable[Feed]) -> list[list[Any]] | None:
+    """The outputs with graph optimisations off; None where onnxruntime has no kernel for the plain graph."""
+    try:
+        session = _Session(reference, optimised=False)
+        return [session.run(feed) for feed in feeds]
+    except RunError:
+        return None
+
+
+def _candidate_outputs(candidate: _Model, feeds: Iterable[Feed]) -> list[list[Any]]:
+    session = _open(candidate)
+    try:
+        return [session.run(feed) for feed in feeds]
+    except RunError as error:
+        raise OutputsDiffer(f"the candidate model does not run where the reference does: {error}") from error
+
+
+def _read(path: str | os.PathLike[str], label: str) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, format="protobuf", load_external_data=False)
+    except OSError as error:
+        raise InputError(f"the {label} model '{os.fspath(path)}' cannot be read: {error.strerror}") from error
+    except DecodeError as error:
+        raise InputError(f"the {label} model '{os.fspath(path)}' is not an ONNX file, or is cut short") from error
+
+
+def _copy_fields(source: Any, target: Any, without: str) -> None:
+    for field, value in source.ListFields():
+        if field.name == without:
+            continue
+        if hasattr(value, "MergeFrom"):
+            getattr(target, field.name).MergeFrom(value)
+        else:
+            setattr(target, field.name, value)
+
+
+def _hollow(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without initializers."""
+    copy = onnx.ModelProto()
+    _copy_fields(model, copy, without="graph")
+    _copy_fields(model.graph, copy.graph, without="initializer")
+    return copy
+
+
+def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without the data of large initializers: types, shapes, nodes and small constants."""
+    copy = _hollow(model)
+    for tensor in model.graph.initializer:
+        if np.prod(tensor.dims) <= _SMALL:
+            copy.graph.initializer.append(tensor)
+        else:
+            copy.graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+    return copy
+
+
+def _spill(model: onnx.ModelProto, folder: Path) -> Path:
+    """Save a model that is too large for one message with its weights beside it; the caller's model is not touched."""
+    folder.mkdir()
+    copy = _hollow(model)
+    with open(folder / "weights", "wb") as file:
+        for tensor in model.graph.initializer:
+            item = copy.graph.initializer.add()
+            if not tensor.HasField("raw_data"):
+                item.CopyFrom(tensor)
+                continue
+            _copy_fields(tensor, item, without="raw_data")
+            item.data_location = onnx.TensorProto.EXTERNAL
+            entries = {"location": "weights", "offset": str(file.tell()), "length": str(file.write(tensor.raw_data))}
+            for key, text in entries.items():
+                item.external_data.add(key=key, value=text)
+    (folder / "model.onnx").write_bytes(copy.SerializeToString())
+    return folder / "model.onnx"
+
+
+def _check_interface(reference: onnx.GraphProto, candidate: onnx.GraphProto) -> None:
+    sides = (("input", drawing.fed(reference), drawing.fed(candidate)), ("output", reference.output, candidate.output))
+    for side, before, after in sides:
+        texts = [_signature(v) for v in before], [_signature(v) for v in after]
+        for old, new in zip_longest(*texts, fillvalue="nothing"):
+            if old != new:
+                raise OutputsDiffer(f"the interface differs: {side} {old} became {new}")
+
+
+def _signature(value: onnx.ValueInfoProto) -> str:
+    return f"'{value.name}' {_type_text(value.type)}"
+
+
+def _type_text(kind: onnx.TypeProto) -> str:
+    which = kind.WhichOneof("value")
+    if which in ("tensor_type", "sparse_tensor_type"):
+        tensor = getattr(kind, which)
+        dims = [str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]
+        element = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        return f"{element}[{', '.join(dims)}]" if tensor.HasField("shape") else element
+    if which in ("sequence_type", "optional_type"):
+        return f"{which.removesuffix('_type')} of {_type_text(getattr(kind, which).elem_type)}"
+    return " ".join(str(kind).split())
+
+
+# ---------------------------------------------------------------------------------------------- the first divergence
+
+
+def _producers(graph: onnx.GraphProto) -> dict[str, str]:
+    """The tensors that nodes compute, in topological order, each with its node."""
+    return {
+        name: f"{node.op_type} {node.name}".strip()
+        for node in graph.node
+        for name in node.output
+        if name and node.op_type != "Constant"
+    }
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Looks for the first tensor of the candidate, in topological order, that differs from the reference's."""
+
+    reference: _Model
+    candidate: _Model
+    feed: Feed
+    kept: Kept
+    optimised: bool
+
+    def first(self) -> Divergence | None:
+        producers = _producers(self.candidate.light.graph)
+        shared = producers.keys() & _producers(self.reference.light.graph).keys()
+        names = [name for name in producers if name in shared]
+        for start in range(0, len(names), _CHUNK):
+            for found in self._among(names[start : start + _CHUNK]):
+                return Divergence(*found, producers[found[0]])
+        return None
+
+    def _among(self, names: list[str]) -> Iterator[tuple[str, float, float]]:
+        """(name, error, noise) of those that differ; where a tensor cannot be an output, without it."""
+        try:
+            yield from self._compared(names)
+        except RunError:
+            middle = len(names) // 2
+            if middle:
+                yield from self._among(names[:middle])
+                yield from self._among(names[middle:])
+
+    def _compared(self, names: list[str]) -> list[tuple[str, float, float]]:
+        before, floors = self._values(self.reference, names, self.optimised)
+        after, _ = self._values(self.candidate, names, self.optimised)
+        # Integers (floor 0) are shapes more often than not, and those are meant to shrink.
+        same = [n for n in names if floors[n] and np.shape(before[n]) == np.shape(after[n])]
+        errors = {n: _difference(before[n], after[n])[0] for n in same}
+        suspects = [n for n in same if errors[n] > floors[n]]
+        if not suspects:
+            return []
+        again, _ = self._values(self.reference, suspects, True)
+        noises = {n: _difference(before[n], again[n])[0] for n in suspects}
+        return [(n, errors[n], noises[n]) for n in suspects if errors[n] > _limit(floors[n], noises[n])]
+
+    def _values(self, model: _Model, names: list[str], optimised: bool) -> tuple[dict[str, Any], dict[str, float]]:
+        """The named tensors, of the reference the indices that are kept, and the floors of their types."""
+        outputs = {value.name for value in model.light.graph.output}
+        session = _Session(model, optimised, [name for name in names if name not in outputs])
+        values = dict(zip(session.names, session.run(self.feed), strict=True))
+        if model is self.reference:
+            values = {name: _sliced(value, self.kept.get(name)) for name, value in values.items()}
+        return values, {n: _floor(t, self.reference.single) for n, t in zip(session.names, session.types, strict=True)}
+
+
+def _sliced(value: Any, kept: Sequence[Array | None] | None) -> Any:
+    """What the candidate still has of the reference's tensor; the value as it is where the indices do not fit it."""
+    if kept is None or not isinstance(value, np.ndarray) or len(kept) != value.ndim:
+        return value
+    for axis, indices in enumerate(kept):
+        if indices is None:
+            continue
+        where = np.flatnonzero(indices) if np.asarray(indices).dtype == bool else np.asarray(indices)
+        if where.size and where.max() >= value.shape[axis]:
+            return value
+        value = np.take(value, where, axis)
+    return value

@@ -1,0 +1,181 @@
+"""What a rule sees of a node: read-only operands with their shapes, constants and facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxshrink.evaluate import evaluate
+from onnxshrink.facts import Known, along, constant, everything, nothing
+from onnxshrink.graph import Node, Shape
+from onnxshrink.notation import Relation
+from onnxshrink.weights import Array, BoolArray, Constant
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """One input or output of a node."""
+
+    name: str
+    shape: Shape | None
+    dtype: np.dtype[Any] | None
+    fact: Known | None = None
+    constant: Constant | None = None
+
+    @property
+    def known(self) -> Known:
+        """What is known of the elements; a constant is read when this is asked."""
+        if self.constant is not None:
+            return constant(self.constant.array())
+        return self.fact if self.fact is not None else nothing(self.rank, self.dtype)
+
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.shape or ())
+
+    def extent(self, axis: int) -> int | None:
+        """Extent of one axis, None when it is free."""
+        size = self.shape[axis] if self.shape is not None else None
+        return size if isinstance(size, int) else None
+
+    def value(self) -> Array | None:
+        """All elements at full extent, when every one of them is known."""
+        if self.constant is not None:
+            return self.constant.array()
+        if self.shape is None or not self.known.everything or not all(isinstance(d, int) for d in self.shape):
+            return None
+        return np.broadcast_to(self.known.value, tuple(d for d in self.shape if isinstance(d, int)))
+
+    def zero(self) -> BoolArray:
+        """Elements known to be zero."""
+        return self.known.zero()
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Indices of one axis of an input that leave although they hold a constant other than zero.
+
+    Attributes:
+        axis: the axis of the input.
+        indices: what leaves.
+        values: their values, in double precision.
+        into: index that stays and takes their contribution, one per entry of `indices`; None: folded in a bias.
+        scale: value of the index that stays, one per entry.
+    """
+
+    axis: int
+    indices: Array
+    values: Array
+    into: Array | None = None
+    scale: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A node as a rule sees it.
+
+    Attributes:
+        node: the node.
+        inputs: its inputs, then what its subgraphs capture; None for an omitted one.
+        outputs: its outputs; None for an omitted one.
+        opsets: pairs of domain and version.
+        relation: how its axes hang together; None while that is being worked out.
+        needed: per output, the elements that can influence an output of the model (backward analysis only).
+        kept: per slot, per axis, what stays (planning and applying only).
+        folds: per input, the constants that leave (applying only).
+    """
+
+    node: Node
+    inputs: tuple[Operand | None, ...]
+    outputs: tuple[Operand | None, ...]
+    opsets: tuple[tuple[str, int], ...]
+    relation: Relation | None = None
+    needed: tuple[BoolArray | None, ...] = ()
+    kept: dict[int, list[BoolArray | None]] = field(default_factory=dict)
+    folds: dict[int, Fold] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        """Opset version of the node's domain."""
+        return self.node.version
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """Value of an attribute; strings decoded."""
+        value = self.node.attributes.get(name, default)
+        return value.decode() if isinstance(value, bytes) else value
+
+    def input(self, slot: int) -> Operand | None:
+        """An input, None when omitted."""
+        return self.inputs[slot] if slot < len(self.inputs) else None
+
+    def data(self, slot: int = 0) -> Operand:
+        """An input that must be there."""
+        operand = self.inputs[slot]
+        assert operand is not None
+        return operand
+
+    def output(self, index: int = 0) -> Operand:
+        """An output that must be there."""
+        operand = self.outputs[index]
+        assert operand is not None
+        return operand
+
+    def operand(self, slot: int) -> Operand | None:
+        """An operand by slot: inputs 0, 1, ...; outputs -1, -2, ..."""
+        return self.inputs[slot] if slot >= 0 else self.outputs[-1 - slot]
+
+    def shapes(self, side: Sequence[Operand | None]) -> list[Shape | None]:
+        """Shapes of some operands; None for omitted ones."""
+        return [operand.shape if operand is not None else None for operand in side]
+
+    def live(self, index: int = 0) -> BoolArray:
+        """Elements of an output that are needed and not known."""
+        operand, needed = self.outputs[index], self.needed[index]
+        assert operand is not None
+        if needed is None:
+            return ~everything(operand.rank)
+        return needed & ~operand.known.mask
+
+    def ints(self, slot: int, attribute: str | None = None) -> list[int] | None:
+        """Integers given as an attribute (old opsets) or as an input whose elements are all known."""
+        if attribute is not None and attribute in self.node.attributes:
+            value = self.node.attributes[attribute]
+            return [int(v) for v in value] if not isinstance(value, int) else [value]
+        operand = self.input(slot)
+        if operand is None:
+            return None
+        array = operand.value()
+        return None if array is None else [int(v) for v in np.atleast_1d(array)]
+
+    def run(self, inputs: Sequence[Array | None]) -> list[Array] | None:
+        """The operator itself on given values; None when it cannot be run."""
+        return evaluate(self.node.proto, self.opsets, inputs)
+
+    def kept_indices(self, slot: int, axis: int) -> Array:
+        """Indices of one axis that stay."""
+        kept = self.kept[slot][axis]
+        assert kept is not None
+        return np.flatnonzero(kept)
+
+    def kept_count(self, slot: int, axis: int) -> int | None:
+        """Extent of one axis after shrinking, None when it is free."""
+        kept = self.kept[slot][axis]
+        return None if kept is None else int(np.count_nonzero(kept))
+
+    def shrinks(self, slot: int, axis: int) -> bool:
+        """Whether one axis loses indices."""
+        kept = self.kept[slot][axis]
+        return kept is not None and not bool(kept.all())
+
+
+def vector(array: Array, axis: int, extent: int) -> Array:
+    """A compressed array that varies along one axis only, as a vector of that axis."""
+    return along(array, axis, extent).reshape(extent) if array.size in (1, extent) else _vary(array, axis, extent)
+
+
+def _vary(array: Array, axis: int, extent: int) -> Array:
+    raise ValueError(f"array of shape {array.shape} varies along more than axis {axis} of extent {extent}")
