@@ -72,6 +72,9 @@ class _Site:
             self._replace(slot, value)
         for slot, (mask, value) in rewrite.partly.items():
             self._overlay(slot, mask, value)
+        for slot, axis in rewrite.append.items():
+            operand = self.view.data(slot)
+            self.editor.append_ones(self.target, slot, axis, operand.rank, operand.dtype)
         self.editor.set_attributes(self.target, rewrite.attributes)
         self._drop_absent()
         self._correct(rewrite)

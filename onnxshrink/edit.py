@@ -118,6 +118,19 @@ class Editor:
         node.inputs[slot] = made
         return new
 
+    def append_ones(self, node: gs.Node, slot: int, axis: int, rank: int, dtype: np.dtype[Any] | None) -> None:
+        """Give an input one more index, of ones, at the end of one axis. Readers of one tensor share the result."""
+        tensor = node.inputs[slot]
+        key = ("ones", tensor.name, axis)
+        if key not in self._shared:
+            pads = np.zeros(2 * rank, np.int64)
+            pads[rank + axis] = 1
+            one = np.ones((), dtype or np.float32)
+            operands = [self.constant("pads", lambda: pads, ("pads", rank, axis))]
+            operands.append(self.constant("one", lambda: one, ("one", str(one.dtype))))
+            self._shared[key] = self.before(node, slot, "Pad", operands).outputs[0]
+        node.inputs[slot] = self._shared[key]
+
     def _position(self, node: gs.Node) -> int:
         return next(index for index, other in enumerate(self._wiring.nodes) if other is node)
 

@@ -330,8 +330,7 @@ def _draw_one(item: Input, sizes: Mapping[str, int], cap: int, rng: np.random.Ge
     if item.kind == "index":
         bound = item.bound if isinstance(item.bound, int) else sizes.get(item.bound, cap)
         bound = min(bound, cap) if cap < _CAPS[0] else bound
-        limit = min(bound, np.iinfo(dtype).max if dtype.kind in "iu" else bound)
-        return rng.integers(0, max(limit, 1), shape).astype(dtype)
+        return rng.integers(0, max(bound, 1), shape).astype(dtype)
     if item.kind == "choice":
         return _choice(item, shape, cap, rng).astype(dtype)
     if dtype.kind == "f":
@@ -357,7 +356,7 @@ def _mask(shape: list[int], rng: np.random.Generator) -> Array:
         return np.ones(())
     extent = shape[-1]
     ends = rng.integers((extent + 1) // 2, extent + 1, [*shape[:-1], 1])
-    return np.arange(extent) < np.maximum(ends, 1)
+    return np.arange(extent) < ends
 
 
 def _choice(item: Input, shape: list[int], cap: int, rng: np.random.Generator) -> Array:

@@ -88,6 +88,7 @@ class _Planner:
         self.queue: deque[Node] = deque()
         self.queued: set[int] = set()
         self._views: dict[int, View] = {}
+        self.free: dict[str, dict[int, BoolArray]] = {}
 
     # --- where the sets start -----------------------------------------------------------------------------------
 
@@ -105,6 +106,7 @@ class _Planner:
                 self._keep_all(name)
         for node in self.nodes:
             self.frozen[node.index] = self._freeze(node)
+            self._find_free(node)
         for node in reversed(self.nodes):
             self._enqueue(node)
 
@@ -125,6 +127,20 @@ class _Planner:
         for axis, kept in enumerate(self.kept[name]):
             if kept is not None:
                 self._add(name, axis, np.ones_like(kept), INTERFACE)
+
+    def _find_free(self, node: Node) -> None:
+        """Positions of a linked axis that no input fills."""
+        relation = self.analysis.relations[node.index]
+        for factor, links in relation.links.items():
+            for output in {link.output for link in links}:
+                size = relation.sizes[f"{factor}@{output}"]
+                unfilled = np.ones(size or 0, np.bool_)
+                for link in links:
+                    if link.output == output:
+                        unfilled[link.target] = False
+                if unfilled.any():
+                    axes = self.free.setdefault(node.outputs[-1 - output], {})
+                    axes[_axis_of(relation, output, factor)] = unfilled
 
     def _freeze(self, node: Node) -> dict[int, Array]:
         """Computed inputs that this node can take as a constant instead."""
@@ -356,6 +372,7 @@ class _Planner:
         if view is None:
             view = self.analysis.view(node)
             self._views[node.index] = view
+            view.free.update({slot: self.free.get(name, {}) for slot, name in enumerate(node.inputs)})
         view.kept.clear()
         view.kept.update(self._kept_of(node, view))
         return view

@@ -38,6 +38,7 @@ class Rewrite:
         add: array to be added to the first output, broadcast.
         multiply: array to multiply the first output by, broadcast; before `add`.
         partly: inputs that stay computed except for the elements given, `(mask, values)`.
+        append: inputs that get one more index, of ones, at the end of the axis given.
         fixed: elements of the first output that are given a value, `(mask, values)`.
         bypass: input that the readers of the output may read instead.
     """
@@ -47,6 +48,7 @@ class Rewrite:
     add: Array | None = None
     multiply: Array | None = None
     partly: Mapping[int, tuple[BoolArray, Array]] = field(default_factory=dict)
+    append: Mapping[int, int] = field(default_factory=dict)
     fixed: tuple[BoolArray, Array] | None = None
     bypass: int | None = None
 

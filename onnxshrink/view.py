@@ -55,6 +55,9 @@ class Operand:
         return self.known.zero()
 
 
+APPENDED = -1
+
+
 @dataclass(frozen=True, eq=False)
 class Fold:
     """Indices of one axis of an input that leave although they hold a constant other than zero.
@@ -63,8 +66,9 @@ class Fold:
         axis: the axis of the input.
         indices: what leaves.
         values: their values, in double precision.
-        into: index that stays and takes their contribution, one per entry of `indices`; None: folded in a bias.
-        scale: value of the index that stays, one per entry.
+        into: index that stays and takes their contribution, one per entry of `indices`; `APPENDED`: a channel of ones
+            that is appended to the input; None: folded in a bias.
+        scale: value of the index that takes them, one per entry.
     """
 
     axis: int
@@ -72,6 +76,11 @@ class Fold:
     values: Array
     into: Array | None = None
     scale: Array | None = None
+
+    @property
+    def appends(self) -> bool:
+        """Whether a channel of ones is appended to the input."""
+        return self.into is not None and bool((self.into == APPENDED).any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +96,7 @@ class View:
         needed: per output, the elements that can influence an output of the model (backward analysis only).
         kept: per slot, per axis, what stays (planning and applying only).
         folds: per input, the constants that leave (applying only).
+        free: per input, per axis, indices that cost nothing where they come from, such as padding (planning only).
     """
 
     node: Node
@@ -97,11 +107,16 @@ class View:
     needed: tuple[BoolArray | None, ...] = ()
     kept: dict[int, list[BoolArray | None]] = field(default_factory=dict)
     folds: dict[int, Fold] = field(default_factory=dict)
+    free: dict[int, dict[int, BoolArray]] = field(default_factory=dict)
 
     @property
     def version(self) -> int:
         """Opset version of the node's domain."""
         return self.node.version
+
+    def opset(self) -> int:
+        """Opset version of the default domain."""
+        return dict(self.opsets).get("", 1)
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """Value of an attribute; strings decoded."""
@@ -154,6 +169,11 @@ class View:
     def run(self, inputs: Sequence[Array | None]) -> list[Array] | None:
         """The operator itself on given values; None when it cannot be run."""
         return evaluate(self.node.proto, self.opsets, inputs)
+
+    def free_indices(self, slot: int, axis: int) -> BoolArray:
+        """Indices of one axis that cost nothing where they come from."""
+        none = np.zeros(self.data(slot).extent(axis) or 0, np.bool_)
+        return self.free.get(slot, {}).get(axis, none)
 
     def kept_indices(self, slot: int, axis: int) -> Array:
         """Indices of one axis that stay."""

@@ -225,6 +225,8 @@ def test_smaller_integers_are_tried_where_their_role_is_unknown() -> None:
         return []
 
     assert draw_runnable(describe(built), {}, run, 1, 0)[0][0]["i"].max() == 1
+    table = model("(int64[40] i) => (float[40, 4] y) { y = Gather(t, i) }", t=TABLE)
+    assert draw_runnable(describe(table), {}, run, 1, 0)[0][0]["i"].max() == 1
 
 
 def test_an_error_tells_what_to_pass_and_what_the_runtime_said() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxshrink.facts import Known, along, uniform
 from onnxshrink.registry import Keep
-from onnxshrink.view import Fold, View, vector
+from onnxshrink.view import APPENDED, Fold, View, vector
 from onnxshrink.weights import Array, BoolArray
 
 Weigh = Callable[[BoolArray], Array]
@@ -31,6 +31,8 @@ class Linear:
         pattern: `[group, out, in]`, where the weights are not zero (summed over a kernel).
         border: whether a constant channel contributes differently near a border, so that no bias can stand for it.
         bias: whether a constant may be added to the output.
+        editable: whether the weights are constant, so that columns can be added to each other.
+        extend: whether a channel of ones may be appended to the data, to carry constants that no bias can.
     """
 
     view: View
@@ -41,6 +43,7 @@ class Linear:
     border: bool
     bias: bool
     editable: bool = True
+    extend: bool = False
 
     @property
     def groups(self) -> int:
@@ -111,10 +114,12 @@ class Linear:
         if not self.editable or (self.bias and not self.border):
             return []
         leaving, value = self._leaving()
+        # A channel that costs nothing where it comes from is as good as an appended one.
+        allowed = leaving & self.view.free_indices(self.slot, self.axis) if self.extend else leaving
         wanted = np.zeros_like(leaving)
-        for start, stop in self._blocks(leaving):
+        for start, stop in self._blocks(allowed):
             if not self._hosts(start, stop).any():
-                candidates = np.where(leaving[start:stop], np.abs(value[start:stop].astype(np.float64)), 0.0)
+                candidates = np.where(allowed[start:stop], np.abs(value[start:stop].astype(np.float64)), 0.0)
                 wanted[start + int(candidates.argmax())] = True
         reason = "one channel stands for all constant channels, whose effect at the border no bias can have"
         return [Keep(self.slot, self.axis, wanted, reason)]
@@ -141,12 +146,14 @@ class Linear:
         values = value[indices].astype(np.float64)
         if self.bias and not self.border:
             return {self.slot: Fold(self.axis, indices, values)}
-        into = np.zeros_like(indices)
+        into, scale = np.full_like(indices, APPENDED), np.ones(indices.size)
         for start, stop in self._blocks(leaving):
             hosts = self._hosts(start, stop)
-            best = int(np.where(hosts, np.abs(value.astype(np.float64)), 0.0).argmax())
-            into[(indices >= start) & (indices < stop)] = best
-        return {self.slot: Fold(self.axis, indices, values, into, value[into].astype(np.float64))}
+            if hosts.any():
+                best = int(np.where(hosts, np.abs(value.astype(np.float64)), 0.0).argmax())
+                block = (indices >= start) & (indices < stop)
+                into[block], scale[block] = best, float(value[best])
+        return {self.slot: Fold(self.axis, indices, values, into, scale)}
 
 
 def known_result(

@@ -11,7 +11,7 @@ from onnxshrink.facts import Known, everything
 from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.ops._linear import Linear, known_result
 from onnxshrink.registry import Keep, Rewrite, Rule, register
-from onnxshrink.view import Fold, View
+from onnxshrink.view import APPENDED, Fold, View
 from onnxshrink.weights import Array, BoolArray, any_nonzero
 
 _NOTATION = {
@@ -70,7 +70,8 @@ class Kernel:
         bias = self.view.input(2)
         constant = self.weights.constant is not None
         foldable = constant and (bias is None or bias.constant is not None)
-        return Linear(self.view, 0, 1, 1, self.pattern(), self.border(), bias=foldable, editable=constant)
+        extend = constant and self.groups == 1 and self.view.opset() >= 11
+        return Linear(self.view, 0, 1, 1, self.pattern(), self.border(), foldable, constant, extend)
 
     def summed(self, channels: BoolArray) -> Array:
         """Weights of some channels, summed over the kernel: `[out, channel]`, zero across groups."""
@@ -156,7 +157,8 @@ def _rewrite(view: View) -> Rewrite:
         constants[1] = lambda: _weights(kernel, fold if collapses else None)
     if fold is not None and not collapses:
         constants[2] = _new_bias(kernel, fold)
-    return Rewrite(constants=constants, attributes=attributes)  # type: ignore[arg-type]
+    appended = collapses and fold is not None and fold.appends
+    return Rewrite(constants=constants, attributes=attributes, append={0: 1} if appended else {})  # type: ignore[arg-type]
 
 
 def _kept_groups(kernel: Kernel) -> BoolArray:
@@ -190,6 +192,8 @@ def _weights(kernel: Kernel, fold: Fold | None) -> Array:
     if rows is None or columns is None:
         raise RuleError("a convolution without static channels was sliced")
     rows, columns = rows.reshape(kernel.groups, -1), columns.reshape(kernel.groups, -1)
+    if fold is not None and fold.appends:
+        columns = np.concatenate([columns, np.ones((1, 1), np.bool_)], axis=1)
     sliced = [
         weights[g][np.flatnonzero(rows[g])][:, np.flatnonzero(columns[g])] for g in np.flatnonzero(rows.any(axis=1))
     ]
@@ -197,13 +201,17 @@ def _weights(kernel: Kernel, fold: Fold | None) -> Array:
 
 
 def _collapsed(weights: Array, fold: Fold) -> Array:
+    """Weights in double precision, columns added to those that take them; an appended column comes last."""
     assert fold.into is not None
     assert fold.scale is not None
     weights = weights.astype(np.float64)
     size = weights.shape[2]
+    if fold.appends:
+        weights = np.concatenate([weights, np.zeros_like(weights[:, :, :1])], axis=2)
     for index, into, ratio in zip(fold.indices, fold.into, fold.values / fold.scale, strict=True):
-        group = int(index) // size
-        weights[group, :, int(into) % size] += weights[group, :, int(index) % size] * ratio
+        group, column = divmod(int(index), size)
+        host = size if into == APPENDED else int(into) % size
+        weights[group, :, host] += weights[group, :, column] * ratio
     return weights
 
 
