@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
-
 import numpy as np
 
-from onnxshrink.facts import Known, everything, nothing, partial
+from onnxshrink.facts import Known, everything, nothing, partial, uniform
 from onnxshrink.notation import Relation, transfer
 from onnxshrink.view import Operand, View
 from onnxshrink.weights import Array, BoolArray
@@ -66,9 +64,16 @@ def layout(view: View) -> list[Known | None]:
 def moved(relation: Relation | None, known: Known, source: int, target: int) -> Known | None:
     """A fact carried from one operand to another by a relation without reduced factors."""
     assert relation is not None
+    known = uniform(known, _lost_axes(relation, source, target))
     if not known.anything:
         return None
     return partial(transfer(relation, known.mask, source, target), carry(relation, known.value, source, target))
+
+
+def _lost_axes(relation: Relation, source: int, target: int) -> list[int]:
+    """Axes of one operand with a factor that another operand lacks: only what is the same along them carries over."""
+    there = {factor for factors in relation.spec(target) or () for factor in factors}
+    return [axis for axis, factors in enumerate(relation.spec(source) or ()) if not there.issuperset(factors)]
 
 
 def carry(relation: Relation, value: Array, source: int, target: int) -> Array:
@@ -162,6 +167,6 @@ def factors_of(view: View, *slots: int) -> list[BoolArray | None]:
     return needed
 
 
-def same(value: Any) -> Any:
-    """The argument itself."""
-    return value
+def needed_throughout(view: View) -> list[BoolArray | None]:
+    """Every element of every input, if any element of the output is live."""
+    return [None if operand is None else everything(operand.rank) for operand in view.inputs]

@@ -14,6 +14,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 from onnxshrink.errors import InputError
+from onnxshrink.shapes import infer
 from onnxshrink.weights import Constant, external_file, read_tensor, tensor_dtype
 
 Dim = int | str | None
@@ -253,14 +254,7 @@ class Graph:
         return nodes
 
     def _infer_types(self) -> dict[str, tuple[Shape | None, int]]:
-        try:
-            inferred = onnx.shape_inference.infer_shapes(self.skeleton, data_prop=True)
-        except Exception as error:
-            # Inference is a help, not a need: what it cannot name is kept whole.
-            if not isinstance(error, (onnx.shape_inference.InferenceError, RuntimeError, ValueError)):
-                raise
-            inferred = self.skeleton
-        graph = inferred.graph
+        graph = infer(self.skeleton)
         return {v.name: _type_of(v) for v in (*graph.value_info, *graph.input, *graph.output)}
 
     def shape(self, name: str) -> Shape | None:

@@ -101,6 +101,18 @@ class Relation:
             if spec is not None:
                 yield -1 - index, spec
 
+    def whole(self, shapes: Sequence[Shape | None]) -> Relation:
+        """The same with every input that has a shape but no axes here pinned: it is read whole."""
+        inputs, sizes, pinned = list(self.inputs), dict(self.sizes), set(self.pinned)
+        inputs += [None] * (len(shapes) - len(inputs))
+        for slot, shape in enumerate(shapes):
+            if inputs[slot] is None and shape is not None:
+                names = [f"whole{slot}_{axis}" for axis in range(len(shape))]
+                sizes.update({n: e if isinstance(e, int) else None for n, e in zip(names, shape, strict=True)})
+                inputs[slot] = tuple((name,) for name in names)
+                pinned.update(names)
+        return replace(self, inputs=tuple(inputs), sizes=sizes, pinned=frozenset(pinned))
+
     def pin(self, *factors: str) -> Relation:
         """The same with more factors pinned."""
         return replace(self, pinned=self.pinned | set(factors))

@@ -74,6 +74,7 @@ class Rule:
         fold: constants other than zero that leave.
         rewrite: what changes besides slicing.
         absorbs: inputs whose known elements the operator takes as a compressed constant of any broadcastable shape.
+        shape_only: whether inputs without axes in the relation are read for their extents alone, not their elements.
         refusal: why the operator is kept whole.
     """
 
@@ -89,13 +90,16 @@ class Rule:
     fold: FoldFunction | None = None
     rewrite: RewriteFunction | None = None
     absorbs: bool = False
+    shape_only: bool = False
     refusal: str | None = None
 
     def relation(self, view: View) -> Relation:
         """The relation of one node. Raises UnresolvedError."""
         if isinstance(self.relate, str):
-            return resolve(self.relate, view.shapes(view.inputs), view.shapes(view.outputs))
-        return self.relate(view)
+            found = resolve(self.relate, view.shapes(view.inputs), view.shapes(view.outputs))
+        else:
+            found = self.relate(view)
+        return found if self.shape_only else found.whole(view.shapes(view.inputs))
 
 
 _rules: dict[tuple[str, str], list[Rule]] = {}

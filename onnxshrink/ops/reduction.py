@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from onnxshrink.facts import Known, partial, uniform
-from onnxshrink.families import whole
+from onnxshrink.families import needed_throughout, whole
 from onnxshrink.notation import Relation, UnresolvedError, resolve
-from onnxshrink.registry import Rule, register
-from onnxshrink.view import View
+from onnxshrink.registry import Keep, Rewrite, Rule, register
+from onnxshrink.view import View, vector
+from onnxshrink.weights import Array, BoolArray
 
 _AXES_INPUT_SINCE = {"ReduceSum": 13}
 
@@ -67,12 +72,103 @@ def _sum_forward(view: View) -> list[Known | None]:
     return [partial(found.zero(), found.value)]
 
 
-for _op in ("ReduceMean", "ReduceMax", "ReduceMin"):
+# --- Sums and means: an index leaves with a contribution that is known ------------------------------------------
+
+
+def _additive(view: View) -> Relation:
+    """Axes of fixed extent may lose indices; the contribution that goes with them is put back."""
+    axes = axes_of(view)
+    relation = _relate(view)
+    fixed = {f"a{a}" for a in axes or () if view.data().extent(a) is not None}
+    return replace(relation, pinned=relation.pinned - fixed)
+
+
+def _contribution(view: View, axis: int) -> tuple[BoolArray, Array]:
+    """Indices of a reduced axis that hold one known value everywhere, and what each adds to the result."""
+    data = view.data()
+    known = uniform(data.known, (a for a in range(data.rank) if a != axis))
+    extent = data.extent(axis) or 0
+    value = vector(known.value, axis, extent).astype(np.float64)
+    mask = vector(known.mask, axis, extent).astype(np.bool_)
+    if view.node.op == "ReduceSumSquare":
+        value = value**2
+    elif view.node.op == "ReduceL1":
+        value = np.abs(value)
+    elif view.node.op == "ReduceL2":
+        mask = mask & (value == 0)
+    return mask, value
+
+
+def _additive_axes(view: View) -> list[int]:
+    return [axis for axis in axes_of(view) or () if view.data().extent(axis) is not None]
+
+
+def _additive_retain(view: View) -> list[Keep]:
+    """With several axes cut at once only zeros may leave: the products of their constants are not looked at."""
+    axes = _additive_axes(view)
+    keeps = []
+    for axis in axes:
+        mask, value = _contribution(view, axis)
+        if len(axes) > 1:
+            mask = mask & (value == 0)
+        keeps.append(Keep(0, axis, ~mask, "the sum reads it"))
+    return keeps
+
+
+def _additive_rewrite(view: View) -> Rewrite:
+    """A mean divides by the extent: what is left is scaled by kept / original."""
+    added, scale = 0.0, 1.0
+    for axis in _additive_axes(view):
+        kept = view.kept[0][axis]
+        if kept is None or kept.all():
+            continue
+        mask, value = _contribution(view, axis)
+        rest = int(np.prod([view.data().extent(a) or 1 for a in _additive_axes(view) if a != axis], dtype=np.int64))
+        added += float(value[mask & ~kept].sum()) * rest
+        scale *= float(kept.sum()) / kept.size
+    if view.node.op == "ReduceMean":
+        extents = [view.data().extent(axis) or 1 for axis in _additive_axes(view)]
+        added /= float(np.prod(extents))
+    else:
+        scale = 1.0
+    dtype = view.output().dtype
+    return Rewrite(
+        multiply=np.array(scale, dtype) if scale != 1.0 else None, add=np.array(added, dtype) if added else None
+    )
+
+
+def _may_shrink(view: View) -> bool:
+    """Whether a correction can be made in the output's type."""
+    return view.output().dtype is not None and np.issubdtype(view.output().dtype, np.floating)
+
+
+def _relate_additive(view: View) -> Relation:
+    return _additive(view) if _may_shrink(view) else _relate(view)
+
+
+def _retain_additive(view: View) -> list[Keep]:
+    return _additive_retain(view) if _may_shrink(view) else []
+
+
+def _rewrite_additive(view: View) -> Rewrite:
+    return _additive_rewrite(view) if _may_shrink(view) else Rewrite()
+
+
+for _op in ("ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"):
+    register(
+        Rule(
+            _op,
+            relate=_relate_additive,
+            forward=_mean_forward if _op == "ReduceMean" else _sum_forward,
+            retain=_retain_additive,
+            rewrite=_rewrite_additive,
+        )
+    )
+for _op in ("ReduceMax", "ReduceMin"):
     register(Rule(_op, relate=_relate, forward=_mean_forward))
-for _op in ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceProd"):
-    register(Rule(_op, relate=_relate, forward=_sum_forward))
+register(Rule("ReduceProd", relate=_relate, forward=_sum_forward))
 for _op in ("ReduceLogSum", "ReduceLogSumExp"):
-    register(Rule(_op, relate=_relate))
+    register(Rule(_op, relate=_relate, backward=needed_throughout))
 
 
 def _argument(view: View) -> Relation:

@@ -51,6 +51,7 @@ register(
     Rule(
         "Shape",
         relate=_shape_relation,
+        shape_only=True,
         forward=_shape_forward,
         backward=_nothing_needed,
         rewrite=_shape_rewrite,
@@ -78,6 +79,7 @@ register(
     Rule(
         "Size",
         relate=_size_relation,
+        shape_only=True,
         forward=_size_forward,
         backward=_nothing_needed,
         rewrite=_size_rewrite,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxshrink.facts import everything
-from onnxshrink.families import pointwise
+from onnxshrink.families import needed_throughout, pointwise
 from onnxshrink.notation import Relation, UnresolvedError, elementwise, resolve
 from onnxshrink.registry import Rule, register
 from onnxshrink.view import View
-from onnxshrink.weights import BoolArray
 
 WORDS = """
     Abs BitwiseNot Ceil Celu Elu Erf Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Mish Neg Not Relu
@@ -19,11 +17,6 @@ WORDS = """
 # These overflow, or have no finite value everywhere. An element that nothing needs may hold anything once its inputs
 # are gone; here it must not, or a later multiplication by zero would not give zero.
 PARTIAL_WORDS = "Acos Acosh Asin Atanh Cosh Exp Log Reciprocal Sinh Sqrt Tan"
-
-
-def needed_throughout(view: View) -> list[BoolArray | None]:
-    """Every element of every input, if any element of the output is live."""
-    return [None if operand is None else everything(operand.rank) for operand in view.inputs]
 
 
 for _word in WORDS.split():

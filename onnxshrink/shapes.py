@@ -1,0 +1,63 @@
+"""Shapes of all tensors: onnx's inference, and extents that follow from it by cancelling free dimensions."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+
+_ROUNDS = 4
+
+
+def infer(skeleton: onnx.ModelProto) -> onnx.GraphProto:
+    """The graph with as many shapes as can be told. What cannot be told is left out: it is kept whole later."""
+    for _ in range(_ROUNDS):
+        try:
+            inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            # Inference is a help, not a need.
+            return skeleton.graph
+        found = _cancelled(inferred.graph)
+        if not found:
+            return inferred.graph
+        skeleton = inferred
+    return skeleton.graph
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[int | str | None] | None:
+    if not value.type.tensor_type.HasField("shape"):
+        return None
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in value.type.tensor_type.shape.dim]
+
+
+def _cancelled(graph: onnx.GraphProto) -> bool:
+    """Fill in the one unknown extent of a Reshape whose other free dimensions are those of its input."""
+    values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
+    changed = False
+    for node in graph.node:
+        if node.op_type != "Reshape" or node.domain not in ("", "ai.onnx"):
+            continue
+        source, target = values.get(node.input[0]), values.get(node.output[0])
+        if source is None or target is None:
+            continue
+        before, after = _dims(source), _dims(target)
+        found = None if before is None or after is None else cancel(before, after)
+        if found is not None:
+            axis, extent = found
+            target.type.tensor_type.shape.dim[axis].dim_value = extent
+            changed = True
+    return changed
+
+
+def cancel(before: list[int | str | None], after: list[int | str | None]) -> tuple[int, int] | None:
+    """Axis and extent of the one extent in `after` that follows from equal numbers of elements, if there is one."""
+    own = Counter(extent for extent in before if isinstance(extent, str))
+    unknown = [axis for axis, extent in enumerate(after) if not isinstance(extent, int) and extent not in own]
+    if None in before or len(unknown) != 1:
+        return None
+    if own != Counter(extent for axis, extent in enumerate(after) if isinstance(extent, str) and axis != unknown[0]):
+        return None
+    total = int(np.prod([extent for extent in before if isinstance(extent, int)], dtype=np.int64))
+    rest = int(np.prod([extent for extent in after if isinstance(extent, int)], dtype=np.int64))
+    return (unknown[0], total // rest) if rest and total % rest == 0 else None
