@@ -69,7 +69,7 @@ class Analysis:
 
     def view(self, node: Node, relation: Relation | None = None) -> View:
         """The node as its rule sees it."""
-        inputs = tuple(self._operand(name) for name in (*node.inputs, *node.captured))
+        inputs = tuple(self._operand(name) for name in node.inputs)
         outputs = tuple(self._operand(name) for name in node.outputs)
         needed = tuple(self.needed.get(name) for name in node.outputs)
         opsets = tuple(self.graph.opsets.items())
@@ -133,7 +133,7 @@ def _relate(view: View, rule: Rule | None) -> tuple[Rule | None, Relation, str]:
 def _derive(analysis: Analysis, view: View) -> bool:
     """Treat the outputs of a node with constant inputs as constants, evaluated when read."""
     inputs = [operand for operand in view.inputs if operand is not None]
-    if not inputs or any(operand.constant is None for operand in inputs) or view.node.captured:
+    if not inputs or any(operand.constant is None for operand in inputs):
         return False
     sizes = []
     for operand in view.outputs:
@@ -170,7 +170,7 @@ def _backward(analysis: Analysis, node: Node) -> None:
         return
     rule = analysis.rules[node.index]
     masks = rule.backward(view) if rule is not None and rule.backward else needed_by_relation(view)
-    for name, mask in zip((*node.inputs, *node.captured), masks, strict=True):
+    for name, mask in zip(node.inputs, masks, strict=True):
         if not name or mask is None or name in analysis.constants:
             continue
         before = analysis.needed.get(name)

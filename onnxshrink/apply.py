@@ -35,7 +35,7 @@ def plan_view(analysis: Analysis, plan: Plan, node: Node) -> View:
     """A node as its rule sees it once the plan is made."""
     view = analysis.view(node)
     view.kept.update(plan.constants.get(node.index, {}))
-    for slot, name in enumerate((*node.inputs, *node.captured)):
+    for slot, name in enumerate(node.inputs):
         if slot not in view.kept and name in plan.kept:
             view.kept[slot] = plan.kept[name]
     for index, name in enumerate(node.outputs):

@@ -16,7 +16,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnxshrink.graph import Graph, Node
+from onnxshrink.flatten import Scope
+from onnxshrink.graph import Graph, Node, copy_fields
 from onnxshrink.weights import Array, read_tensor
 
 Read = Callable[[], Array]
@@ -24,10 +25,12 @@ Read = Callable[[], Array]
 
 @dataclass
 class _Edit:
-    """What changes at a node besides its wiring."""
+    """What changes at a node besides its wiring. `extra` counts the inputs that stand for bodies and captures."""
 
     proto: onnx.NodeProto
-    captured: int = 0
+    scope: Scope | None
+    bodies: tuple[Scope, ...] = ()
+    extra: int = 0
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -40,10 +43,10 @@ class Editor:
         self._wiring = gs.import_onnx(_wiring_model(graph))
         self._edits: dict[int, _Edit] = {}
         self._by_output: dict[str, gs.Node] = {}
-        for node, proto in zip(self._wiring.nodes, graph.skeleton.graph.node, strict=True):
-            captured = len(node.inputs) - len(proto.input)
-            self._edits[id(node)] = _Edit(proto, captured)
-            for name in proto.output:
+        for node, flat in zip(self._wiring.nodes, graph.flat.nodes, strict=True):
+            extra = len(node.inputs) - flat.formal
+            self._edits[id(node)] = _Edit(flat.source, flat.scope, flat.bodies, extra)
+            for name in flat.proto.output:
                 if name:
                     self._by_output[name] = node
         self._tensors: dict[str, gs.Tensor] = self._wiring.tensors()
@@ -79,7 +82,7 @@ class Editor:
 
     def set_input(self, node: gs.Node, slot: int, tensor: gs.Tensor) -> None:
         """Connect an input, adding omitted ones before it where needed."""
-        formal = len(node.inputs) - self._edits[id(node)].captured
+        formal = len(node.inputs) - self._edits[id(node)].extra
         while formal <= slot:
             node.inputs.insert(formal, gs.Variable.empty())
             formal += 1
@@ -138,24 +141,25 @@ class Editor:
         name = f"{near.name or near.op}_{op.lower()}"
         node = gs.Node(op, name, inputs=inputs, outputs=[output])
         self._wiring.nodes.insert(position, node)
-        self._edits[id(node)] = _Edit(onnx.NodeProto(op_type=op, name=name))
+        self._edits[id(node)] = _Edit(onnx.NodeProto(op_type=op, name=name), self._edits[id(near)].scope)
         return node
 
     def bypass(self, node: gs.Node, slot: int) -> None:
         """Let the readers of a node's output read one of its inputs. The name of a model output stays."""
         source, output = node.inputs[slot], node.outputs[0]
-        if any(output is value for value in self._wiring.outputs) or self._is_captured(output):
+        if any(output is value for value in self._wiring.outputs) or self._is_extra(output):
             return
         for reader in list(output.outputs):
             for index, tensor in enumerate(reader.inputs):
                 if tensor is output:
                     reader.inputs[index] = source
 
-    def _is_captured(self, tensor: gs.Tensor) -> bool:
+    def _is_extra(self, tensor: gs.Tensor) -> bool:
+        """Whether a body hands the tensor on, or a subgraph that is not laid flat reads it by name."""
         return any(
             tensor is value
             for reader in tensor.outputs
-            for value in reader.inputs[len(reader.inputs) - self._edits[id(reader)].captured :]
+            for value in reader.inputs[len(reader.inputs) - self._edits[id(reader)].extra :]
         )
 
     # --- writing ------------------------------------------------------------------------------------------------
@@ -169,26 +173,47 @@ class Editor:
         self._wiring.cleanup(remove_unused_graph_inputs=False)
         skeleton = self._graph.skeleton
         model = onnx.ModelProto()
-        for descriptor, value in skeleton.ListFields():
-            if descriptor.name != "graph":
-                _assign(model, descriptor.name, value)
-        for descriptor, value in self._graph.proto.graph.ListFields():
-            if descriptor.name not in ("node", "initializer", "sparse_initializer", "value_info", "input"):
-                _assign(model.graph, descriptor.name, value)
-        nodes = [self._node_proto(node) for node in self._wiring.nodes]
-        read = {name for node in nodes for name in (*node.input, *_captured(node))}
-        read |= set(self._graph.outputs)
+        copy_fields(skeleton, model, frozenset({"graph"}))
+        left = frozenset({"node", "initializer", "sparse_initializer", "value_info", "input"})
+        copy_fields(self._graph.proto.graph, model.graph, left)
+        read = {tensor.name for node in self._wiring.nodes for tensor in node.inputs} | set(self._graph.outputs)
         renamed = self._restore_names(read)
-        for node in nodes:
-            for index, name in enumerate(node.input):
-                if name in renamed:
-                    node.input[index] = renamed[name]
-        model.graph.node.extend(self._constant_nodes(read, nodes, renamed))
+        nodes = self._scope_nodes(None, renamed, extents)
+        model.graph.node.extend(self._constant_nodes(read, renamed))
         model.graph.node.extend(nodes)
         self._export_weights(model, read, renamed)
         self._export_inputs(model)
-        self._export_value_info(model, extents)
+        made = {tensor.name for node in self._wiring.nodes for tensor in node.outputs}
+        copies = [v for v in self._graph.proto.graph.value_info if v.name in made]
+        model.graph.value_info.extend(_resized(value, value.name, extents) for value in copies)
         return model
+
+    def _scope_nodes(
+        self, scope: Scope | None, renamed: Mapping[str, str], extents: Mapping[str, list[int | None]]
+    ) -> list[onnx.NodeProto]:
+        nodes = [node for node in self._wiring.nodes if self._edits[id(node)].scope is scope]
+        return [self._node_proto(node, renamed, extents) for node in nodes]
+
+    def _body(
+        self, scope: Scope, outputs: list[str], renamed: Mapping[str, str], extents: Mapping[str, list[int | None]]
+    ) -> onnx.GraphProto:
+        """A body with the nodes that are left of it; its constants now stand in the main graph."""
+        body = onnx.GraphProto()
+        copy_fields(scope.graph, body, frozenset({"node", "initializer", "value_info", "input", "output"}))
+        body.node.extend(self._scope_nodes(scope, renamed, extents))
+        for value, name in zip(scope.graph.input, scope.inputs, strict=True):
+            body.input.append(_resized(value, name, extents))
+        made = {name for node in body.node for name in node.output} | set(scope.inputs)
+        for value, flat, name in zip(scope.graph.output, scope.outputs, outputs, strict=True):
+            result = renamed.get(name, name)
+            if result not in made:
+                # What a body hands out must be made in it.
+                node = onnx.helper.make_node("Identity", [result], [self._name(f"{result}_out")])
+                body.node.append(node)
+                result = node.output[0]
+            resized = _resized(value, result, {result: extents[flat]} if flat in extents else {})
+            body.output.append(resized)
+        return body
 
     def _restore_names(self, read: set[str]) -> dict[str, str]:
         """A changed weight takes back the name of the weight that it stands for, when that one is gone."""
@@ -201,27 +226,30 @@ class Editor:
                 taken.add(wish)
         return renamed
 
-    def _node_proto(self, node: gs.Node) -> onnx.NodeProto:
+    def _node_proto(
+        self, node: gs.Node, renamed: Mapping[str, str], extents: Mapping[str, list[int | None]]
+    ) -> onnx.NodeProto:
         edit = self._edits[id(node)]
         proto = onnx.NodeProto()
-        proto.CopyFrom(edit.proto)
-        del proto.input[:]
-        del proto.output[:]
-        proto.input.extend(tensor.name for tensor in node.inputs[: len(node.inputs) - edit.captured])
+        copy_fields(edit.proto, proto, frozenset({"input", "output", "attribute"}))
+        formal = len(node.inputs) - edit.extra
+        proto.input.extend(renamed.get(tensor.name, tensor.name) for tensor in node.inputs[:formal])
         proto.output.extend(tensor.name for tensor in node.outputs)
+        bodies = {scope.attribute for scope in edit.bodies}
+        proto.attribute.extend(a for a in edit.proto.attribute if a.name not in edit.attributes and a.name not in bodies)
         for name, value in edit.attributes.items():
-            kept = [attribute for attribute in proto.attribute if attribute.name != name]
-            del proto.attribute[:]
-            proto.attribute.extend(kept)
             if value is not None:
                 proto.attribute.append(onnx.helper.make_attribute(name, value))
+        inner = [tensor.name for tensor in node.inputs[formal:]]
+        for scope in edit.bodies:
+            outputs, inner = inner[: len(scope.outputs)], inner[len(scope.outputs) :]
+            body = self._body(scope, outputs, renamed, extents)
+            proto.attribute.append(onnx.helper.make_attribute(scope.attribute, body))
         return proto
 
-    def _constant_nodes(
-        self, read: set[str], nodes: list[onnx.NodeProto], renamed: Mapping[str, str]
-    ) -> list[onnx.NodeProto]:
+    def _constant_nodes(self, read: set[str], renamed: Mapping[str, str]) -> list[onnx.NodeProto]:
         """`Constant` nodes whose weights were left out of the skeleton."""
-        there = {name for node in nodes for name in node.output} | set(renamed.values())
+        there = {tensor.name for node in self._wiring.nodes for tensor in node.outputs} | set(renamed.values())
         return [
             node
             for node in self._graph.proto.graph.node
@@ -234,6 +262,10 @@ class Editor:
         for tensor in self._graph.proto.graph.initializer:
             if (tensor.name in read or tensor.name in overridable) and tensor.name not in replaced:
                 self._append_weight(model, tensor)
+        for name, tensor in self._graph.flat.constants.items():
+            if name in read and name not in replaced:
+                self._append_weight(model, tensor)
+                model.graph.initializer[-1].name = name
         for sparse in self._graph.proto.graph.sparse_initializer:
             if sparse.values.name in read:
                 model.graph.sparse_initializer.append(sparse)
@@ -267,15 +299,17 @@ class Editor:
                     info = onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims))
                     model.graph.input.append(info)
 
-    def _export_value_info(self, model: onnx.ModelProto, extents: Mapping[str, list[int | None]]) -> None:
-        made = {name for node in model.graph.node for name in node.output}
-        for value in self._graph.proto.graph.value_info:
-            if value.name not in made:
-                continue
-            copy = model.graph.value_info.add()
-            copy.CopyFrom(value)
-            if value.name in extents:
-                _set_dims(copy, extents[value.name])
+
+def _resized(
+    value: onnx.ValueInfoProto, name: str, extents: Mapping[str, list[int | None]]
+) -> onnx.ValueInfoProto:
+    """A value_info under a new name, with the extents that its tensor has now."""
+    copy = onnx.ValueInfoProto()
+    copy.CopyFrom(value)
+    copy.name = name
+    if name in extents:
+        _set_dims(copy, extents[name])
+    return copy
 
 
 def _set_dims(value: onnx.ValueInfoProto, extents: list[int | None] | list[int]) -> None:
@@ -286,31 +320,19 @@ def _set_dims(value: onnx.ValueInfoProto, extents: list[int | None] | list[int])
             dim.dim_value = extent
 
 
-def _assign(target: Any, name: str, value: Any) -> None:
-    if isinstance(value, (str, bytes, int, float)):
-        setattr(target, name, value)
-    elif hasattr(value, "CopyFrom") and not hasattr(value, "extend"):
-        getattr(target, name).CopyFrom(value)
-    else:
-        getattr(target, name).MergeFrom(value)
-
-
-def _captured(node: onnx.NodeProto) -> tuple[str, ...]:
-    return Node(0, node, 0).captured
-
-
 def _wiring_model(graph: Graph) -> onnx.ModelProto:
-    """Nodes and names alone; what subgraphs capture stands as further inputs of their node."""
+    """Nodes and names alone, control flow laid flat."""
     source = graph.skeleton.graph
     model = onnx.ModelProto(ir_version=graph.skeleton.ir_version)
     model.opset_import.extend(graph.skeleton.opset_import)
     model.graph.name = source.name or "graph"
-    for proto in source.node:
+    for flat in graph.flat.nodes:
         node = model.graph.node.add()
-        node.op_type, node.name, node.domain = proto.op_type, proto.name, proto.domain
-        node.input.extend((*proto.input, *_captured(proto)))
-        node.output.extend(proto.output)
+        node.op_type, node.name, node.domain = flat.proto.op_type, flat.proto.name, flat.proto.domain
+        node.input.extend(flat.proto.input)
+        node.output.extend(flat.proto.output)
     names = {value.name for value in source.input} | {tensor.name for tensor in source.initializer}
+    names |= set(graph.flat.body_inputs) | set(graph.flat.constants)
     model.graph.input.extend(onnx.ValueInfoProto(name=name) for name in names)
     model.graph.output.extend(onnx.ValueInfoProto(name=value.name) for value in source.output)
     return model

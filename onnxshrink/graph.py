@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 from onnxshrink.errors import InputError
+from onnxshrink.flatten import FlatNode, flatten
 from onnxshrink.shapes import infer
 from onnxshrink.weights import Constant, external_file, read_tensor, tensor_dtype
 
@@ -27,11 +28,16 @@ _INLINE_ELEMENTS = 256
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One node of the main graph. `version` is the opset of its domain; "" stands for the default domain."""
+    """One node, control flow laid flat. `version` is the opset of its domain; "" stands for the default domain."""
 
     index: int
-    proto: onnx.NodeProto = field(repr=False)
+    flat: FlatNode = field(repr=False)
     version: int
+
+    @property
+    def proto(self) -> onnx.NodeProto:
+        """The node with flat names and without bodies."""
+        return self.flat.proto
 
     @property
     def op(self) -> str:
@@ -45,22 +51,13 @@ class Node:
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs; an omitted optional input is ""."""
+        """Names of the inputs, then of its bodies' outputs and of what its subgraphs capture; "" for an omitted one."""
         return tuple(self.proto.input)
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs; an omitted optional output is ""."""
         return tuple(self.proto.output)
-
-    @cached_property
-    def captured(self) -> tuple[str, ...]:
-        """Names of outer tensors that the node's subgraphs read."""
-        found: dict[str, None] = {}
-        for graph in subgraphs(self.proto):
-            for name in sorted(outer_names(graph)):
-                found[name] = None
-        return tuple(found)
 
     @cached_property
     def attributes(self) -> Mapping[str, Any]:
@@ -73,28 +70,8 @@ class Node:
         return self.proto.name or f"{self.op}({self.outputs[0] if self.outputs else self.index})"
 
 
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Every graph among the attributes of `node`."""
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def outer_names(graph: onnx.GraphProto) -> set[str]:
-    """Names that `graph` reads and does not define."""
-    defined = {value.name for value in (*graph.input, *graph.initializer)}
-    defined |= {sparse.values.name for sparse in graph.sparse_initializer}
-    read = {value.name for value in graph.output}
-    for node in graph.node:
-        read.update(node.input)
-        for inner in subgraphs(node):
-            read |= outer_names(inner)
-        defined.update(node.output)
-    return read - defined - {""}
-
-
-def _copy_fields(source: Message, target: Message, leave: frozenset[str]) -> None:
+def copy_fields(source: Message, target: Message, leave: frozenset[str]) -> None:
+    """Copy every field that is set, except those in `leave`."""
     for descriptor, value in source.ListFields():
         if descriptor.name in leave:
             continue
@@ -110,7 +87,7 @@ def _elements(tensor: onnx.TensorProto) -> int:
     return int(np.prod(tensor.dims, dtype=np.int64))
 
 
-def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
+def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
     """The dense value of a `Constant` node, whichever attribute holds it."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.attribute) != 1:
         return None
@@ -131,8 +108,8 @@ def _as_input(name: str, tensor: onnx.TensorProto) -> onnx.ValueInfoProto:
 def make_skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy without large weights: each stands as a graph input, so that checking and inference still work."""
     skeleton = onnx.ModelProto()
-    _copy_fields(model, skeleton, frozenset({"graph"}))
-    _copy_fields(model.graph, skeleton.graph, frozenset({"node", "initializer"}))
+    copy_fields(model, skeleton, frozenset({"graph"}))
+    copy_fields(model.graph, skeleton.graph, frozenset({"node", "initializer"}))
     inputs = {value.name for value in model.graph.input}
     for tensor in model.graph.initializer:
         if _elements(tensor) <= _INLINE_ELEMENTS and tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -140,8 +117,8 @@ def make_skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
         elif tensor.name not in inputs:
             skeleton.graph.input.append(_as_input(tensor.name, tensor))
     for node in model.graph.node:
-        value = _constant_tensor(node)
-        if value is not None and _elements(value) > _INLINE_ELEMENTS:
+        value = constant_tensor(node)
+        if value is not None and _elements(value) > _INLINE_ELEMENTS and node.output[0] not in inputs:
             skeleton.graph.input.append(_as_input(node.output[0], value))
         else:
             skeleton.graph.node.append(node)
@@ -214,6 +191,7 @@ class Graph:
         if self.proto.functions:
             skeleton = onnx.inliner.inline_local_functions(skeleton)
         self.skeleton = skeleton
+        self.flat = flatten(skeleton.graph)
         self.constants: dict[str, Constant] = {}
         self._collect_constants()
         self.opsets = {"" if o.domain == "ai.onnx" else o.domain: o.version for o in skeleton.opset_import}
@@ -223,7 +201,9 @@ class Graph:
         self._types = self._infer_types()
 
     def _interface(self) -> tuple[str, ...]:
-        return tuple(value.name for value in self.proto.graph.input if value.name not in self.constants)
+        """Graph inputs, and what loops hand to their bodies."""
+        listed = tuple(value.name for value in self.proto.graph.input if value.name not in self.constants)
+        return (*listed, *(name for name in self.flat.body_inputs if name not in self.constants))
 
     def _collect_constants(self) -> None:
         # From IR version 4 on, an initializer that is also an input may be replaced by the caller.
@@ -231,8 +211,10 @@ class Graph:
         for tensor in self.proto.graph.initializer:
             if tensor.name not in overridable:
                 self._add_constant(tensor.name, tensor)
-        for node in (*self.proto.graph.node, *self.skeleton.graph.node):
-            value = _constant_tensor(node)
+        for name, tensor in self.flat.constants.items():
+            self._add_constant(name, tensor)
+        for node in (*self.proto.graph.node, *(flat.proto for flat in self.flat.nodes)):
+            value = constant_tensor(node)
             if value is not None and node.output[0] not in self.constants:
                 self._add_constant(node.output[0], value)
 
@@ -245,17 +227,27 @@ class Graph:
         )
 
     def _make_nodes(self) -> list[Node]:
-        nodes = []
-        for proto in self.skeleton.graph.node:
+        nodes: list[Node] = []
+        for flat in self.flat.nodes:
+            proto = flat.proto
             if proto.op_type == "Constant" and proto.output[0] in self.constants:
                 continue
             version = self.opsets.get("" if proto.domain == "ai.onnx" else proto.domain, 1)
-            nodes.append(Node(len(nodes), proto, version))
+            nodes.append(Node(len(nodes), flat, version))
         return nodes
 
     def _infer_types(self) -> dict[str, tuple[Shape | None, int]]:
         graph = infer(self.skeleton)
-        return {v.name: _type_of(v) for v in (*graph.value_info, *graph.input, *graph.output)}
+        types = {v.name: _type_of(v) for v in (*graph.value_info, *graph.input, *graph.output)}
+        if self.flat.names:
+            found: dict[int, dict[str, tuple[Shape | None, int]]] = {}
+            for name, (body, local) in flatten(graph).names.items():
+                if id(body) not in found:
+                    values = (*body.value_info, *body.input, *body.output)
+                    found[id(body)] = {value.name: _type_of(value) for value in values}
+                if local in found[id(body)]:
+                    types[name] = found[id(body)][local]
+        return types
 
     def shape(self, name: str) -> Shape | None:
         """Extents of a tensor: a number, a symbol or None per axis; None when the rank is unknown."""

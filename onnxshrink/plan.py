@@ -96,7 +96,7 @@ class _Planner:
         for name in self.analysis.graph.inputs:
             self._start_tensor(name)
         for node in self.nodes:
-            for name in (*node.inputs, *node.captured, *node.outputs):
+            for name in (*node.inputs, *node.outputs):
                 if name and name not in self.analysis.constants:
                     self.users.setdefault(name, []).append(node)
                     self._start_tensor(name)
@@ -204,7 +204,7 @@ class _Planner:
 
     def slot_name(self, node: Node, slot: int) -> str | None:
         """The computed tensor at a slot; None for constants, frozen inputs and tensors that are not there."""
-        names = (*node.inputs, *node.captured) if slot >= 0 else node.outputs
+        names = node.inputs if slot >= 0 else node.outputs
         name = names[slot if slot >= 0 else -1 - slot]
         if name not in self.kept or (slot >= 0 and slot in self.frozen[node.index]):
             return None
@@ -223,7 +223,7 @@ class _Planner:
 
     def _demand_inputs(self, node: Node, relation: Relation) -> None:
         optional = joined_inputs(relation)
-        for slot, name in enumerate((*node.inputs, *node.captured)):
+        for slot, name in enumerate(node.inputs):
             if name not in self.kept or slot in self.frozen[node.index] or name in self.present:
                 continue
             axis = optional.get(slot)
@@ -313,7 +313,7 @@ class _Planner:
             self._add(name, axis, wanted, _cause(node, other, name))
 
     def _raw_name(self, node: Node, slot: int) -> str | None:
-        names = (*node.inputs, *node.captured) if slot >= 0 else node.outputs
+        names = node.inputs if slot >= 0 else node.outputs
         name = names[slot if slot >= 0 else -1 - slot]
         return name if name in self.kept and slot not in self.frozen[node.index] else None
 
