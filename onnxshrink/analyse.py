@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,6 +41,7 @@ class Analysis:
         relations: per node index, how its axes hang together.
         refusals: nodes kept whole for want of a rule, with the reason.
         derived: names of constants that are computed from constants.
+        readers: how many inputs read each tensor.
     """
 
     graph: Graph
@@ -50,6 +52,7 @@ class Analysis:
     refusals: list[Refusal] = field(default_factory=list)
     constants: dict[str, Constant] = field(default_factory=dict)
     derived: set[str] = field(default_factory=set)
+    readers: Counter[str] = field(default_factory=Counter)
 
     def nodes(self) -> list[Node]:
         """The nodes that compute something that is not constant."""
@@ -86,7 +89,8 @@ class Analysis:
 
 def analyse(graph: Graph) -> Analysis:
     """Facts of every tensor of `graph`."""
-    analysis = Analysis(graph, constants=dict(graph.constants))
+    readers = Counter(name for node in graph.nodes for name in node.inputs)
+    analysis = Analysis(graph, constants=dict(graph.constants), readers=readers)
     for node in graph.nodes:
         _forward(analysis, node)
     for name in graph.outputs:
@@ -143,7 +147,11 @@ def _derive(analysis: Analysis, view: View) -> bool:
             return False
         assert operand.dtype is not None
         sizes.append(int(np.prod(operand.shape, dtype=np.int64)) * operand.dtype.itemsize)
-    if sum(sizes) > max(_DERIVED_BYTES, sum(o.constant.nbytes for o in inputs if o.constant is not None)):
+    given = [o.constant for o in inputs if o.constant is not None]
+    if sum(sizes) > max(_DERIVED_BYTES, sum(c.nbytes for c in given)):
+        return False
+    if any(c.nbytes > _DERIVED_BYTES and analysis.readers[c.name] > 1 for c in given):
+        # A large weight that others read too would be stored twice.
         return False
     return _evaluate_constants(analysis, view)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def _extents(kept: Kept) -> list[int | None]:
 
 def plan_view(analysis: Analysis, plan: Plan, node: Node) -> View:
     """A node as its rule sees it once the plan is made."""
-    view = analysis.view(node)
+    view = replace(analysis.view(node), blocks=plan.blocks.get(node.index))
     view.kept.update(plan.constants.get(node.index, {}))
     for slot, name in enumerate(node.inputs):
         if slot not in view.kept and name in plan.kept:

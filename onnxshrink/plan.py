@@ -6,9 +6,9 @@ to agree with the node's factors and index maps. Growth only, so it ends.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Plan:
         present: tensors that are computed at all.
         folds: per node index, per input, constants that leave.
         frozen: per node index, per input, the compressed constant that takes the place of a computed tensor.
+        blocks: per node index, into how many blocks an axis of groups falls, where that is fewer than the operator's groups.
         constants: per node index, per constant (or frozen) input, per axis, a mask of what this use keeps.
         causes: every cause, referred to by number.
         cause: per tensor, per axis, the number of the cause of each index; -1: does not stay.
@@ -55,6 +56,7 @@ class Plan:
     folds: dict[int, dict[int, Fold]] = field(default_factory=dict)
     frozen: dict[int, dict[int, Array]] = field(default_factory=dict)
     constants: dict[int, dict[int, Kept]] = field(default_factory=dict)
+    blocks: dict[int, int] = field(default_factory=dict)
     causes: list[Cause] = field(default_factory=list)
     cause: dict[str, list[Array | None]] = field(default_factory=dict)
 
@@ -67,6 +69,8 @@ def make_plan(analysis: Analysis) -> Plan:
     """The smallest sets that agree with every node of the graph."""
     planner = _Planner(analysis)
     planner.start()
+    planner.grow()
+    planner.choose_blocks()
     planner.grow()
     while planner.settle():
         planner.grow()
@@ -88,6 +92,8 @@ class _Planner:
         self.queue: deque[Node] = deque()
         self.queued: set[int] = set()
         self._views: dict[int, View] = {}
+        self.blocks: dict[int, int] = {}
+        self.shared = _shared_constants(analysis, self.nodes)
         self.free: dict[str, dict[int, BoolArray]] = {}
 
     # --- where the sets start -----------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ class _Planner:
         slots = [(slot, spec, name) for slot, spec in relation.slots() if (name := self.slot_name(node, slot))]
         self._agree_on_factors(node, relation, [(slot, spec, name) for slot, spec, name in slots])
         self._agree_on_links(node, relation)
-        self._balance(node, relation, slots)
+        self._balance(node, relation)
         rule = self.analysis.rules[node.index]
         if rule is not None and rule.retain is not None:
             self._retain(node, rule.retain(self.view(node)))
@@ -317,28 +323,41 @@ class _Planner:
         name = names[slot if slot >= 0 else -1 - slot]
         return name if name in self.kept and slot not in self.frozen[node.index] else None
 
-    def _balance(self, node: Node, relation: Relation, slots: list[tuple[int, tuple[AxisSpec, ...], str]]) -> None:
+    def choose_blocks(self) -> None:
+        """For every node with groups, the exact grouping that leaves the smallest weights, as things stand now."""
+        for node in self.nodes:
+            relation = self.analysis.relations[node.index]
+            if not relation.ragged or not self.active(node):
+                continue
+            (factor,) = relation.ragged
+            groups = relation.sizes[factor] or 1
+            grids = [grid.sum(axis=1) for _, _, grid in self._grids(node, relation, factor, groups)]
+            divisors = [d for d in range(groups, 0, -1) if groups % d == 0]
+            self.blocks[node.index] = min(divisors, key=lambda blocks: _block_cost(grids, blocks))
+            self._enqueue(node)
+
+    def _grids(self, node: Node, relation: Relation, factor: str, blocks: int) -> list[tuple[str, int, BoolArray]]:
+        """Every axis of groups: its tensor, its number, and what it keeps, one row per block."""
+        found = []
+        for slot, spec in relation.slots():
+            name = self.slot_name(node, slot)
+            for axis, factors in enumerate(spec):
+                kept = self.kept[name][axis] if name is not None else None
+                if name is not None and kept is not None and factors[:1] == (factor,):
+                    found.append((name, axis, kept.reshape(blocks, -1)))
+        return found
+
+    def _balance(self, node: Node, relation: Relation) -> None:
         """Ragged factors: the same blocks in every operand, and equally many indices in each block of an axis."""
         for factor in relation.ragged:
-            axes = [
-                (name, axis)
-                for _slot, spec, name in slots
-                for axis, factors in enumerate(spec)
-                if factors[:1] == (factor,) and self.kept[name][axis] is not None
-            ]
-            self._balance_axes(node, axes, relation.sizes[factor] or 1)
-
-    def _balance_axes(self, node: Node, axes: list[tuple[str, int]], blocks: int) -> None:
-        grids = []
-        for name, axis in axes:
-            kept = self.kept[name][axis]
-            assert kept is not None
-            grids.append(kept.reshape(blocks, -1))
-        used = np.any([grid.any(axis=1) for grid in grids], axis=0)
-        for (name, axis), grid in zip(axes, grids, strict=True):
-            wanted = level(grid, used, max(1, int(grid.sum(axis=1).max())))
-            reason = "every group of a grouped operator keeps equally many"
-            self._add(name, axis, wanted.reshape(-1), Cause(node.label, name, reason))
+            if node.index not in self.blocks:
+                continue
+            grids = self._grids(node, relation, factor, self.blocks[node.index])
+            used = np.any([grid.any(axis=1) for _, _, grid in grids], axis=0)
+            for name, axis, grid in grids:
+                wanted = level(grid, used, max(1, int(grid.sum(axis=1).max())))
+                reason = "every group of a grouped operator keeps equally many"
+                self._add(name, axis, wanted.reshape(-1), Cause(node.label, name, reason))
 
     # --- when nothing grows by itself ---------------------------------------------------------------------------
 
@@ -350,7 +369,39 @@ class _Planner:
             if rule is not None and rule.represent is not None and self.active(node):
                 grown |= self._retain(node, rule.represent(self.view(node)))
                 self.grow()
-        return grown or self._fill()
+        return grown or self._share() or self._fill()
+
+    def _share(self) -> bool:
+        """Let the uses of one constant agree where the copies would be larger than what they agree on."""
+        uses: dict[str, list[tuple[Node, int, Kept]]] = {}
+        for node in self.nodes:
+            names = [n for n in node.inputs if n in self.shared]
+            if names and self.active(node):
+                view = self.view(node)
+                for slot, name in enumerate(node.inputs):
+                    if name in names:
+                        uses.setdefault(name, []).append((node, slot, list(view.kept[slot])))
+        grown = False
+        for name, found in uses.items():
+            together = _agreed([kept for _, _, kept in found])
+            if together is not None:
+                for node, slot, _ in found:
+                    grown |= self._grow_constant(node, slot, name, together)
+        return grown
+
+    def _grow_constant(self, node: Node, slot: int, constant: str, wanted: list[BoolArray]) -> bool:
+        """Let a use of a constant keep more, by growing the computed operands that share its factors."""
+        relation, grown = self.analysis.relations[node.index], False
+        cause = Cause(node.label, constant, f"{constant} is shared, and a copy would be larger")
+        for axis, factors in enumerate(relation.spec(slot) or ()):
+            if len(factors) != 1 or factors[0] in relation.links or relation.ragged:
+                continue
+            for other, spec in relation.slots():
+                name = self.slot_name(node, other)
+                for position, theirs in enumerate(spec):
+                    if name is not None and theirs == factors:
+                        grown |= self._add(name, position, wanted[axis], cause)
+        return grown
 
     def _fill(self) -> bool:
         for name in self.kept:
@@ -420,12 +471,15 @@ class _Planner:
         return wanted
 
     def finish(self) -> Plan:
-        plan = Plan(self.kept, self.present, {}, {}, {}, self.causes, self.cause)
+        plan = Plan(self.kept, self.present, causes=self.causes, cause=self.cause)
         for node in self.nodes:
             if not self.active(node):
                 continue
             rule, view = self.analysis.rules[node.index], self.view(node)
             plan.frozen[node.index] = self.frozen[node.index]
+            if node.index in self.blocks:
+                plan.blocks[node.index] = self.blocks[node.index]
+                view = replace(view, blocks=self.blocks[node.index])
             plan.constants[node.index] = {
                 slot: view.kept[slot] for slot in range(len(view.inputs)) if self._raw_name(node, slot) is None
                 and slot in view.kept
@@ -433,6 +487,35 @@ class _Planner:
             if rule is not None and rule.fold is not None:
                 plan.folds[node.index] = dict(rule.fold(view))
         return plan
+
+
+def _shared_constants(analysis: Analysis, nodes: list[Node]) -> set[str]:
+    """Constants of more than one dimension that several inputs read."""
+    counts = Counter(name for node in nodes for name in node.inputs if name in analysis.constants)
+    return {name for name, count in counts.items() if count > 1 and len(analysis.constants[name].shape) > 1}
+
+
+def _agreed(uses: list[Kept]) -> list[BoolArray] | None:
+    """What the uses of a constant keep together, if that is smaller than the copies that they would need."""
+    sizes = {}
+    for kept in uses:
+        masks = [mask for mask in kept if mask is not None]
+        sizes[tuple(mask.tobytes() for mask in masks)] = int(np.prod([mask.sum() for mask in masks], dtype=np.int64))
+    if len(sizes) < 2 or any(mask is None for kept in uses for mask in kept):
+        return None
+    union = [np.any([kept[axis] for kept in uses], axis=0) for axis in range(len(uses[0]))]
+    size = int(np.prod([mask.sum() for mask in union], dtype=np.int64))
+    return union if size < sum(sizes.values()) else None
+
+
+def _block_cost(counts: list[Array], blocks: int) -> float:
+    """Size of weights with this many blocks, given how many indices each group keeps on every axis of groups."""
+    size, used = 1.0, np.zeros(blocks, np.bool_)
+    for count in counts:
+        block = count.reshape(blocks, -1).sum(axis=1)
+        used |= block > 0
+        size *= max(1, int(block.max()))
+    return size * max(1, int(used.sum()))
 
 
 def level(grid: BoolArray, used: BoolArray, count: int) -> BoolArray:

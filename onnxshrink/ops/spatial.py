@@ -152,7 +152,7 @@ def _rewrite(view: View) -> Rewrite:
     constants: dict[int, object] = {}
     attributes: dict[str, object] = {}
     if kernel.groups > 1 and (view.shrinks(0, 1) or view.shrinks(-1, 1)):
-        attributes["group"] = int(_kept_groups(kernel).sum())
+        attributes["group"] = int(_kept_blocks(kernel).sum())
     if collapses or attributes:
         constants[1] = lambda: _weights(kernel, fold if collapses else None)
     if fold is not None and not collapses:
@@ -161,11 +161,11 @@ def _rewrite(view: View) -> Rewrite:
     return Rewrite(constants=constants, attributes=attributes, append={0: 1} if appended else {})  # type: ignore[arg-type]
 
 
-def _kept_groups(kernel: Kernel) -> BoolArray:
+def _kept_blocks(kernel: Kernel) -> BoolArray:
     kept = kernel.view.kept[-1][1]
     assert kept is not None
-    groups: BoolArray = kept.reshape(kernel.groups, -1).any(axis=1)
-    return groups
+    found: BoolArray = np.asarray(kept.reshape(kernel.view.blocks or kernel.groups, -1).any(axis=1))
+    return found
 
 
 def _new_bias(kernel: Kernel, fold: Fold) -> Array:
@@ -191,13 +191,26 @@ def _weights(kernel: Kernel, fold: Fold | None) -> Array:
     rows, columns = view.kept[-1][1], view.kept[0][1]
     if rows is None or columns is None:
         raise RuleError("a convolution without static channels was sliced")
-    rows, columns = rows.reshape(kernel.groups, -1), columns.reshape(kernel.groups, -1)
+    blocks = view.blocks or kernel.groups
+    weights = _joined(weights, blocks)
+    rows, columns = rows.reshape(blocks, -1), columns.reshape(blocks, -1)
     if fold is not None and fold.appends:
         columns = np.concatenate([columns, np.ones((1, 1), np.bool_)], axis=1)
-    sliced = [
-        weights[g][np.flatnonzero(rows[g])][:, np.flatnonzero(columns[g])] for g in np.flatnonzero(rows.any(axis=1))
-    ]
+    sliced = [weights[b][np.flatnonzero(rows[b])][:, np.flatnonzero(columns[b])] for b in np.flatnonzero(rows.any(axis=1))]
     return kernel.stored(np.stack(sliced).astype(stored.dtype))
+
+
+def _joined(weights: Array, blocks: int) -> Array:
+    """`[group, out, in, ...]` with groups joined to fewer blocks, zero between the groups of one block."""
+    groups, outs, ins = weights.shape[:3]
+    size = groups // blocks
+    if size == 1:
+        return weights
+    joined = np.zeros((blocks, size, outs, size, ins, *weights.shape[3:]), weights.dtype)
+    parts = weights.reshape(blocks, size, outs, ins, *weights.shape[3:])
+    for index in range(size):
+        joined[:, index, :, index] = parts[:, index]
+    return joined.reshape(blocks, size * outs, size * ins, *weights.shape[3:])
 
 
 def _collapsed(weights: Array, fold: Fold) -> Array:
