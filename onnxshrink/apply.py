@@ -131,14 +131,13 @@ class _Site:
             wanted = self.editor.constant(f"{name}_fixed", lambda: mask)
             values = self.editor.constant(f"{name}_values", lambda: value)
             self.editor.after(self.target, 0, "Where", [wanted, values], position=2)
-        if rewrite.add is not None:
-            self._operate("Add", rewrite.add)
+        target = self.target
         if rewrite.multiply is not None:
-            self._operate("Mul", rewrite.multiply)
-
-    def _operate(self, op: str, value: Array) -> None:
-        name = f"{self.node.outputs[0]}_{op.lower()}"
-        self.editor.after(self.target, 0, op, [self.editor.constant(name, lambda: value)])
+            factor = rewrite.multiply
+            name = f"{self.node.outputs[0]}_mul"
+            target = self.editor.after(target, 0, "Mul", [self.editor.constant(name, lambda: factor)])
+        if rewrite.add is not None:
+            self.editor.add(target, rewrite.add)
 
 
 def _array(operand: Operand) -> Array:

@@ -52,6 +52,7 @@ class Editor:
         self._tensors: dict[str, gs.Tensor] = self._wiring.tensors()
         self._arrays: dict[str, Read] = {}
         self._shared: dict[Any, gs.Tensor] = {}
+        self._additions: list[tuple[gs.Node, Array]] = []
         self._names = set(self._tensors)
 
     # --- finding ------------------------------------------------------------------------------------------------
@@ -110,6 +111,43 @@ class Editor:
         inputs = list(operands)
         inputs.insert(position, raw)
         return self._insert(op, inputs, tensor, self._position(node) + 1, node)
+
+    def add(self, node: gs.Node, value: Array) -> None:
+        """Add a constant to the first output: in the constant of an Add that follows, where there is one."""
+        self._additions.append((node, value))
+
+    def _carry_out_additions(self) -> None:
+        # Not before every other edit is made: the constant that follows may be sliced too.
+        for node, value in self._additions:
+            if not self._merge(node.outputs[0], value):
+                name = f"{node.outputs[0].name}_add"
+                self.after(node, 0, "Add", [self.constant(name, lambda value=value: value)])  # type: ignore[misc]
+        self._additions.clear()
+
+    def _merge(self, tensor: gs.Tensor, value: Array) -> bool:
+        readers = tensor.outputs
+        if len(readers) != 1 or readers[0].op != "Add" or any(tensor is output for output in self._wiring.outputs):
+            return False
+        (reader,) = readers
+        slot = next((i for i, t in enumerate(reader.inputs) if t is not tensor), None)
+        read = self._reader(reader.inputs[slot].name) if slot is not None else None
+        if slot is None or read is None:
+            return False
+        before = read()
+        if np.broadcast_shapes(before.shape, value.shape) != before.shape:
+            return False
+        merged = (before.astype(np.float64) + value).astype(before.dtype)
+        wish = reader.inputs[slot].name
+        wish = wish if "_shrunk" in wish else f"{wish}_shrunk"
+        reader.inputs[slot] = self.constant(wish, lambda: merged)
+        return True
+
+    def _reader(self, name: str) -> Read | None:
+        """How to read a constant tensor, None when the name is no constant."""
+        if name in self._arrays:
+            return self._arrays[name]
+        constant = self._graph.constants.get(name)
+        return None if constant is None else constant.array
 
     def before(self, node: gs.Node, slot: int, op: str, operands: list[gs.Tensor], position: int = 0) -> gs.Node:
         """Insert a node between a tensor and one input."""
@@ -170,6 +208,7 @@ class Editor:
         Args:
             extents: new extents per computed tensor, for its value_info; None leaves an axis as it was.
         """
+        self._carry_out_additions()
         self._wiring.cleanup(remove_unused_graph_inputs=False)
         skeleton = self._graph.skeleton
         model = onnx.ModelProto()

@@ -77,13 +77,11 @@ class Kernel:
         """Weights of some channels, summed over the kernel: `[out, channel]`, zero across groups."""
         weights = self.canonical(self.weights.known.value)
         groups, outs, ins = weights.shape[:3]
-        result = np.zeros((groups, outs, int(channels.sum())))
-        position = 0
-        for channel in np.flatnonzero(channels):
-            group, index = divmod(int(channel), ins)
-            kernel = weights[group, :, index].astype(np.float64)
-            result[group, :, position] = kernel.reshape(outs, -1).sum(axis=1)
-            position += 1
+        chosen = np.flatnonzero(channels)
+        group, index = np.divmod(chosen, ins)
+        kernels = weights[group, :, index].astype(np.float64).reshape(chosen.size, outs, -1).sum(axis=2)
+        result = np.zeros((groups, outs, chosen.size))
+        result[group, :, np.arange(chosen.size)] = kernels
         return result.reshape(groups * outs, -1)
 
 
