@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from onnxshrink.graph import Graph, Node
 from onnxshrink.notation import Relation, UnresolvedError, opaque
 from onnxshrink.registry import Rule, find
 from onnxshrink.view import Operand, View
-from onnxshrink.weights import BoolArray, Constant
+from onnxshrink.weights import BoolArray, Constant, same
 
 # A node with constant inputs counts as a constant itself unless that would be larger than its inputs and this.
 _DERIVED_BYTES = 1 << 14
@@ -143,10 +144,10 @@ def _derive(analysis: Analysis, view: View) -> bool:
     for operand in view.outputs:
         if operand is None:
             continue
-        if operand.shape is None or not all(isinstance(extent, int) for extent in operand.shape):
+        shape = operand.static_shape()
+        if shape is None or operand.dtype is None:
             return False
-        assert operand.dtype is not None
-        sizes.append(int(np.prod(operand.shape, dtype=np.int64)) * operand.dtype.itemsize)
+        sizes.append(int(np.prod(shape, dtype=np.int64)) * operand.dtype.itemsize)
     given = [o.constant for o in inputs if o.constant is not None]
     if sum(sizes) > max(_DERIVED_BYTES, sum(c.nbytes for c in given)):
         return False
@@ -165,7 +166,7 @@ def _evaluate_constants(analysis: Analysis, view: View) -> bool:
         if operand is not None:
             value = next(values)
             value.setflags(write=False)
-            analysis.constants[operand.name] = Constant(operand.name, value.shape, value.dtype, lambda v=value: v)
+            analysis.constants[operand.name] = Constant(operand.name, value.shape, value.dtype, partial(same, value))
             analysis.derived.add(operand.name)
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from onnxshrink.notation import Relation
 from onnxshrink.plan import Kept, Plan, joined_inputs
 from onnxshrink.registry import Rewrite
 from onnxshrink.view import Operand, View
-from onnxshrink.weights import Array
+from onnxshrink.weights import Array, same
 
 
 def apply(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
@@ -90,10 +91,10 @@ class _Site:
                 continue
             if slot in frozen:
                 value = np.ascontiguousarray(taken(frozen[slot], kept))
-                self._connect(slot, operand, lambda value=value: value, None)
+                self._connect(slot, operand, partial(same, value), None)
             elif any(mask is not None and not mask.all() for mask in kept):
                 key = (operand.name, tuple(None if m is None else m.tobytes() for m in kept))
-                self._connect(slot, operand, lambda o=operand, k=kept: taken(_array(o), k), key)
+                self._connect(slot, operand, partial(_slice, operand, kept), key)
 
     def _connect(self, slot: int, operand: Operand, read: Callable[[], Array], key: Any) -> None:
         tensor = self.editor.constant(f"{operand.name}_shrunk", read, key)
@@ -140,6 +141,6 @@ class _Site:
             self.editor.add(target, rewrite.add)
 
 
-def _array(operand: Operand) -> Array:
+def _slice(operand: Operand, kept: Kept) -> Array:
     assert operand.constant is not None
-    return operand.constant.array()
+    return taken(operand.constant.array(), kept)

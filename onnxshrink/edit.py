@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxshrink.flatten import Scope
 from onnxshrink.graph import Graph, Node, copy_fields
-from onnxshrink.weights import Array, read_tensor
+from onnxshrink.weights import Array, read_tensor, same
 
 Read = Callable[[], Array]
 
@@ -121,7 +122,7 @@ class Editor:
         for node, value in self._additions:
             if not self._merge(node.outputs[0], value):
                 name = f"{node.outputs[0].name}_add"
-                self.after(node, 0, "Add", [self.constant(name, lambda value=value: value)])  # type: ignore[misc]
+                self.after(node, 0, "Add", [self.constant(name, partial(same, value))])
         self._additions.clear()
 
     def _merge(self, tensor: gs.Tensor, value: Array) -> bool:
@@ -275,7 +276,9 @@ class Editor:
         proto.input.extend(renamed.get(tensor.name, tensor.name) for tensor in node.inputs[:formal])
         proto.output.extend(tensor.name for tensor in node.outputs)
         bodies = {scope.attribute for scope in edit.bodies}
-        proto.attribute.extend(a for a in edit.proto.attribute if a.name not in edit.attributes and a.name not in bodies)
+        proto.attribute.extend(
+            a for a in edit.proto.attribute if a.name not in edit.attributes and a.name not in bodies
+        )
         for name, value in edit.attributes.items():
             if value is not None:
                 proto.attribute.append(onnx.helper.make_attribute(name, value))
@@ -339,9 +342,7 @@ class Editor:
                     model.graph.input.append(info)
 
 
-def _resized(
-    value: onnx.ValueInfoProto, name: str, extents: Mapping[str, list[int | None]]
-) -> onnx.ValueInfoProto:
+def _resized(value: onnx.ValueInfoProto, name: str, extents: Mapping[str, list[int | None]]) -> onnx.ValueInfoProto:
     """A value_info under a new name, with the extents that its tensor has now."""
     copy = onnx.ValueInfoProto()
     copy.CopyFrom(value)

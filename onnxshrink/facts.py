@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnxshrink.graph import Shape
-from onnxshrink.weights import Array, BoolArray
+from onnxshrink.weights import Array, BoolArray, all_along, any_along
 
 # Results larger than this are not searched for axes along which they are uniform.
 _COMPRESS_ELEMENTS = 1 << 20
@@ -43,11 +43,11 @@ class Known:
 
     def zero(self) -> BoolArray:
         """Elements known to be zero."""
-        return self.mask & (self.value == 0)
+        return np.asarray(self.mask & (self.value == 0))
 
     def nonzero(self) -> BoolArray:
         """Elements known to be a value other than zero."""
-        return self.mask & (self.value != 0)
+        return np.asarray(self.mask & (self.value != 0))
 
 
 def nothing(rank: int, dtype: np.dtype[Any] | None) -> Known:
@@ -92,7 +92,7 @@ def uniform(known: Known, axes: Iterable[int]) -> Known:
     axes = tuple(axes)
     mask, value = known.mask, known.value
     if any(mask.shape[axis] > 1 for axis in axes):
-        mask = mask.all(axis=axes, keepdims=True)
+        mask = all_along(mask, axes, keepdims=True)
     if any(value.shape[axis] > 1 for axis in axes):
         first = value[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(value.ndim))]
         same = (value == first).all(axis=axes, keepdims=True)
@@ -112,12 +112,10 @@ def along(array: Array, axis: int, extent: int) -> Array:
 def project(mask: BoolArray, axis: int, extent: int) -> BoolArray:
     """Indices of one axis at which any element of a compressed mask holds."""
     rest = tuple(a for a in range(mask.ndim) if a != axis)
-    reduced = mask.any(axis=rest)
+    reduced = any_along(mask, rest)
     return np.array(np.broadcast_to(reduced, (extent,)))
 
 
 def fits(array: Array, shape: Shape) -> bool:
     """Whether `array` is a compressed array of a tensor of this shape."""
-    return array.ndim == len(shape) and all(
-        extent in (1, dim) for extent, dim in zip(array.shape, shape, strict=True)
-    )
+    return array.ndim == len(shape) and all(extent in (1, dim) for extent, dim in zip(array.shape, shape, strict=True))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import reduce
+
 import numpy as np
 
 from onnxshrink.facts import Known, everything, nothing, partial, uniform
 from onnxshrink.notation import Relation, transfer
 from onnxshrink.view import Operand, View
-from onnxshrink.weights import Array, BoolArray
+from onnxshrink.weights import Array, BoolArray, any_along
 
 # A node is run on full-size values only where that is cheap.
 _RUN_ELEMENTS = 1 << 16
@@ -108,9 +109,8 @@ def _large(view: View) -> bool:
     for operand in view.outputs:
         if operand is None:
             continue
-        if operand.shape is None or not all(isinstance(extent, int) for extent in operand.shape):
-            return True
-        if int(np.prod(operand.shape, dtype=np.int64)) > _RUN_ELEMENTS:
+        shape = operand.static_shape()
+        if shape is None or int(np.prod(shape, dtype=np.int64)) > _RUN_ELEMENTS:
             return True
     return False
 
@@ -145,7 +145,7 @@ def spread(relation: Relation, slot: int, mask: BoolArray) -> BoolArray:
     """`mask` with "any" along every axis that has a pinned factor."""
     spec = relation.spec(slot) or ()
     axes = tuple(a for a, factors in enumerate(spec) if mask.shape[a] > 1 and relation.pinned & set(factors))
-    return mask.any(axis=axes, keepdims=True) if axes else mask
+    return any_along(mask, axes, keepdims=True) if axes else mask
 
 
 def factors_of(view: View, *slots: int) -> list[BoolArray | None]:

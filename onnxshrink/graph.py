@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError, Message
+import onnx.inliner
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from onnxshrink.errors import InputError
 from onnxshrink.flatten import FlatNode, flatten
@@ -93,7 +94,8 @@ def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
         return None
     attribute = node.attribute[0]
     if attribute.name == "value":
-        return attribute.t
+        tensor: onnx.TensorProto = attribute.t
+        return tensor
     value = onnx.helper.get_attribute_value(attribute)
     types = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
     if attribute.name not in types:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -149,7 +149,7 @@ def _parse_axes(text: str, pinned: set[str]) -> tuple[Axis, ...]:
     return tuple(axes)
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Pattern:
     """Parse a notation. Raises RuleError when it is malformed."""
     if text.count("->") != 1:
@@ -332,9 +332,7 @@ def reshape(source: Shape, target: Shape) -> Relation:
     return Relation((specs[0],), (specs[1],), sizes, frozenset(pinned | free))
 
 
-def _join_walks(
-    left: _Walk, right: _Walk, sizes: dict[str, int | None], pinned: set[str], side: str
-) -> TensorSpec:
+def _join_walks(left: _Walk, right: _Walk, sizes: dict[str, int | None], pinned: set[str], side: str) -> TensorSpec:
     rank = len(left.shape)
     result = []
     for axis in range(rank):
@@ -399,7 +397,9 @@ def _unfold(array: Array, spec: TensorSpec, sizes: Mapping[str, int | None]) -> 
 
 def _fold(array: Array, spec: TensorSpec, sizes: Mapping[str, int | None]) -> Array:
     """The inverse of `_unfold` for an array whose axes follow `spec`."""
-    position, shape, widths = 0, [], []
+    position = 0
+    shape: list[int] = []
+    widths: list[int] = []
     for factors in spec:
         extents = array.shape[position : position + len(factors)]
         position += len(factors)
@@ -441,9 +441,7 @@ def transfer(
     return _fold(unfolded, to_spec, relation.sizes)
 
 
-def _follow(
-    relation: Relation, factor: str, array: Array, axis: int, source: int, target: int, fill: Any
-) -> Array:
+def _follow(relation: Relation, factor: str, array: Array, axis: int, source: int, target: int, fill: Any) -> Array:
     """Carry one axis of `array` across the links of `factor` between two operands."""
     links = [k for k in relation.links[factor] if {k.input, k.output} == {source, target}]
     extent = relation.sizes[f"{factor}@{target}"] or 0

@@ -18,7 +18,7 @@ from onnxshrink.graph import Node
 from onnxshrink.notation import AxisSpec, Relation
 from onnxshrink.registry import Keep
 from onnxshrink.view import Fold, Operand, View
-from onnxshrink.weights import Array, BoolArray
+from onnxshrink.weights import Array, BoolArray, any_along
 
 Kept = list[BoolArray | None]
 
@@ -45,7 +45,7 @@ class Plan:
         present: tensors that are computed at all.
         folds: per node index, per input, constants that leave.
         frozen: per node index, per input, the compressed constant that takes the place of a computed tensor.
-        blocks: per node index, into how many blocks an axis of groups falls, where that is fewer than the operator's groups.
+        blocks: per node index, into how many blocks the groups of an operator are joined.
         constants: per node index, per constant (or frozen) input, per axis, a mask of what this use keeps.
         causes: every cause, referred to by number.
         cause: per tensor, per axis, the number of the cause of each index; -1: does not stay.
@@ -443,7 +443,9 @@ class _Planner:
         axes = {f: self.kept[n][a] for _s, spec, n in slots for a, f in enumerate(spec) if len(f) > 1}
         for slot, operand in enumerate(view.inputs):
             if operand is not None and slot not in kept:
-                kept[slot] = [self._of_spec(relation, slot, axis, operand, unions, axes) for axis in range(operand.rank)]
+                kept[slot] = [
+                    self._of_spec(relation, slot, axis, operand, unions, axes) for axis in range(operand.rank)
+                ]
         return kept
 
     def _of_spec(
@@ -481,8 +483,9 @@ class _Planner:
                 plan.blocks[node.index] = self.blocks[node.index]
                 view = replace(view, blocks=self.blocks[node.index])
             plan.constants[node.index] = {
-                slot: view.kept[slot] for slot in range(len(view.inputs)) if self._raw_name(node, slot) is None
-                and slot in view.kept
+                slot: view.kept[slot]
+                for slot in range(len(view.inputs))
+                if self._raw_name(node, slot) is None and slot in view.kept
             }
             if rule is not None and rule.fold is not None:
                 plan.folds[node.index] = dict(rule.fold(view))
@@ -503,7 +506,10 @@ def _agreed(uses: list[Kept]) -> list[BoolArray] | None:
         sizes[tuple(mask.tobytes() for mask in masks)] = int(np.prod([mask.sum() for mask in masks], dtype=np.int64))
     if len(sizes) < 2 or any(mask is None for kept in uses for mask in kept):
         return None
-    union = [np.any([kept[axis] for kept in uses], axis=0) for axis in range(len(uses[0]))]
+    union = [
+        np.any(np.stack([mask for kept in uses if (mask := kept[axis]) is not None]), axis=0)
+        for axis in range(len(uses[0]))
+    ]
     size = int(np.prod([mask.sum() for mask in union], dtype=np.int64))
     return union if size < sum(sizes.values()) else None
 
@@ -549,7 +555,7 @@ def _projections(factors: AxisSpec, kept: BoolArray, relation: Relation) -> dict
         return {}
     grid = kept.reshape([size or 1 for size in sizes])
     axes = range(len(factors))
-    return {f: grid.any(axis=tuple(a for a in axes if a != i)) for i, f in enumerate(factors)}
+    return {f: any_along(grid, tuple(a for a in axes if a != i)) for i, f in enumerate(factors)}
 
 
 def _product(factors: AxisSpec, unions: dict[str, BoolArray]) -> BoolArray | None:

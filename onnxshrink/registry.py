@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
 from onnxshrink.errors import RuleError
 from onnxshrink.facts import Known
 from onnxshrink.notation import Relation, resolve
@@ -110,7 +109,9 @@ def register(rule: Rule) -> Rule:
     """Add a rule. Raises RuleError when one for the same operator and opset is there already."""
     for other in _rules.setdefault((rule.domain, rule.op), []):
         if rule.since <= other.until and other.since <= rule.until:
-            raise RuleError(f"two rules for {rule.domain or 'ai.onnx'}.{rule.op} at opset {max(rule.since, other.since)}")
+            raise RuleError(
+                f"two rules for {rule.domain or 'ai.onnx'}.{rule.op} at opset {max(rule.since, other.since)}"
+            )
     _rules[rule.domain, rule.op].append(rule)
     return rule
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from onnxshrink.analyse import analyse
 from onnxshrink.apply import apply
-from onnxshrink.errors import InputError
 from onnxshrink.graph import Graph, ModelLike
 from onnxshrink.plan import Plan, make_plan
 from onnxshrink.weights import Array
@@ -26,8 +23,16 @@ class ShrinkResult:
     report: Any
 
 
-def shrink(model: ModelLike, masks: Any = None, *, output: str | os.PathLike[str] | None = None, verify: bool = True,
-           inputs: Mapping[str, Array] | None = None, seed: int = 0, align: str = "none") -> ShrinkResult:
+def shrink(
+    model: ModelLike,
+    masks: Any = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+    inputs: Mapping[str, Array] | None = None,
+    seed: int = 0,
+    align: str = "none",
+) -> ShrinkResult:
     graph = Graph(model)
     analysis = analyse(graph)
     plan = make_plan(analysis)

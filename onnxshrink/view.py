@@ -42,13 +42,19 @@ class Operand:
         size = self.shape[axis] if self.shape is not None else None
         return size if isinstance(size, int) else None
 
+    def static_shape(self) -> tuple[int, ...] | None:
+        """The shape, when every extent is known."""
+        found = tuple(extent for extent in self.shape or () if isinstance(extent, int))
+        return found if self.shape is not None and len(found) == len(self.shape) else None
+
     def value(self) -> Array | None:
         """All elements at full extent, when every one of them is known."""
         if self.constant is not None:
             return self.constant.array()
-        if self.shape is None or not self.known.everything or not all(isinstance(d, int) for d in self.shape):
+        shape = self.static_shape()
+        if shape is None or not self.known.everything:
             return None
-        return np.broadcast_to(self.known.value, tuple(d for d in self.shape if isinstance(d, int)))
+        return np.broadcast_to(self.known.value, shape)
 
     def zero(self) -> BoolArray:
         """Elements known to be zero."""

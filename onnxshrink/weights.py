@@ -29,7 +29,7 @@ def external_file(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int, in
     path = (root / location).resolve()
     if not location or not path.is_relative_to(root):
         raise InputError(
-            f"external data of {tensor.name!r} is at {location!r}, outside the model's folder {root}; refusing to read it"
+            f"external data of {tensor.name!r} is at {location!r}, outside the model's folder {root}: refused"
         )
     if not path.is_file():
         raise InputError(f"external data of {tensor.name!r} is missing: {path} does not exist; put it beside the model")
@@ -54,7 +54,9 @@ def read_tensor(tensor: onnx.TensorProto, folder: Path | None) -> Array:
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return onnx.numpy_helper.to_array(tensor)
     if folder is None:
-        raise InputError(f"external data of {tensor.name!r} cannot be found: give the model as a file, not as an object")
+        raise InputError(
+            f"external data of {tensor.name!r} cannot be found: give the model as a file, not as an object"
+        )
     path, offset, length = external_file(tensor, folder)
     dtype = tensor_dtype(tensor)
     count = int(np.prod(tensor.dims, dtype=np.int64))
@@ -70,6 +72,11 @@ def read_tensor(tensor: onnx.TensorProto, folder: Path | None) -> Array:
     if offset + dtype.itemsize * count > len(mapped):
         raise InputError(f"external data of {tensor.name!r} is truncated: {path} has {len(mapped)} bytes")
     return np.frombuffer(mapped, dtype, count, offset).reshape(tuple(tensor.dims))
+
+
+def same(array: Array) -> Array:
+    """The array itself: how to read one that is there already."""
+    return array
 
 
 class Constant:
@@ -112,8 +119,17 @@ class Constant:
         return self._nonzero[axes]
 
 
+def any_along(mask: BoolArray, axes: int | tuple[int, ...], keepdims: bool = False) -> BoolArray:
+    """`mask.any` over some axes, always an array."""
+    return np.asarray(mask.any(axis=axes, keepdims=keepdims))
+
+
+def all_along(mask: BoolArray, axes: int | tuple[int, ...], keepdims: bool = False) -> BoolArray:
+    """`mask.all` over some axes, always an array."""
+    return np.asarray(mask.all(axis=axes, keepdims=keepdims))
+
+
 def any_nonzero(array: Array, axes: tuple[int, ...]) -> BoolArray:
     """`(array != 0)` reduced with `any` over every axis not in `axes`."""
     rest = tuple(axis for axis in range(array.ndim) if axis not in axes)
-    result: BoolArray = (array != 0).any(axis=rest) if rest else array != 0
-    return result
+    return any_along(array != 0, rest)

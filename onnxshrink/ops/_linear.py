@@ -14,7 +14,7 @@ import numpy as np
 from onnxshrink.facts import Known, along, uniform
 from onnxshrink.registry import Keep
 from onnxshrink.view import APPENDED, Fold, View, vector
-from onnxshrink.weights import Array, BoolArray
+from onnxshrink.weights import Array, BoolArray, any_along
 
 Weigh = Callable[[BoolArray], Array]
 
@@ -85,7 +85,7 @@ class Linear:
 
     def _reduced(self, mask: BoolArray) -> BoolArray:
         rest = tuple(a for a in range(mask.ndim) if a != self.output_axis)
-        return np.array(np.broadcast_to(mask.any(axis=rest), (self._outputs(),)))
+        return np.array(np.broadcast_to(any_along(mask, rest), (self._outputs(),)))
 
     def _kept(self) -> BoolArray:
         kept = self.view.kept[self.slot][self.axis]
@@ -101,7 +101,7 @@ class Linear:
 
     def retain(self) -> list[Keep]:
         """Channels whose constant cannot be folded anywhere."""
-        mask, value = self.constants()
+        mask, _ = self.constants()
         wanted = self.needed_channels(self.live_outputs()) & ~mask
         keeps = [Keep(self.slot, self.axis, wanted, "its value is constant but not the same at every position")]
         if not self.editable:
@@ -132,7 +132,7 @@ class Linear:
     def _hosts(self, start: int, stop: int) -> BoolArray:
         """Kept channels of one group that hold a constant other than zero."""
         mask, value = self.constants()
-        hosts = mask & (value != 0) & self._kept()
+        hosts: BoolArray = np.asarray(mask & (value != 0) & self._kept())
         hosts[:start] = False
         hosts[stop:] = False
         return hosts

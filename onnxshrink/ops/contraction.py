@@ -11,17 +11,17 @@ from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.ops._linear import Linear
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import Fold, Operand, View
-from onnxshrink.weights import Array, BoolArray
+from onnxshrink.weights import Array, BoolArray, any_along
 
 
 def bool_product(left: BoolArray, right: BoolArray) -> BoolArray:
     """`any over k of left[..., m, k] & right[..., k, n]` on compressed masks."""
     if left.shape[-1] == 1:
-        return left & right.any(axis=-2, keepdims=True)
+        return left & any_along(right, -2, keepdims=True)
     if right.shape[-2] == 1:
-        return left.any(axis=-1, keepdims=True) & right
+        return any_along(left, -1, keepdims=True) & right
     if left.size == left.shape[-1] and right.ndim == 2:
-        row: BoolArray = right[left.reshape(-1)].any(axis=0)
+        row = any_along(right[left.reshape(-1)], 0)
         return row.reshape((1,) * (left.ndim - 1) + (-1,))
     product: BoolArray = (left.astype(np.float32) @ right.astype(np.float32)) > 0
     return product
@@ -31,9 +31,9 @@ def reduce_to(mask: BoolArray, operand: Operand) -> BoolArray:
     """Undo broadcasting: "any" over the axes that `operand` lacks or has with extent one."""
     extra = mask.ndim - operand.rank
     if extra > 0:
-        mask = mask.any(axis=tuple(range(extra)))
+        mask = any_along(mask, tuple(range(extra)))
     ones = tuple(a for a in range(operand.rank) if operand.extent(a) == 1 and mask.shape[a] > 1)
-    return mask.any(axis=ones, keepdims=True) if ones else mask
+    return any_along(mask, ones, keepdims=True) if ones else mask
 
 
 def not_zero(operand: Operand) -> BoolArray:
@@ -89,10 +89,9 @@ class Product:
         """Contracted indices at which both sides may hold a known value other than zero."""
         (ua, za), (ub, zb) = self.masks(0), self.masks(1)
         left, right = za & ~ua, zb & ~ub
-        a = left.any(axis=tuple(range(left.ndim - 1)))
-        b = right.any(axis=(*range(right.ndim - 2), right.ndim - 1))
-        both: BoolArray = a & b
-        return both
+        a = any_along(left, tuple(range(left.ndim - 1)))
+        b = any_along(right, (*range(right.ndim - 2), right.ndim - 1))
+        return a & b
 
     def _value(self) -> Array:
         """The product of what is known, in double precision; only the contracted indices that matter are read."""

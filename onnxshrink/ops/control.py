@@ -43,9 +43,7 @@ def _if_relation(view: View) -> Relation:
     return Relation(tuple(inputs), tuple(outputs), sizes, frozenset(pinned))
 
 
-def _pin_unequal(
-    inputs: list[TensorSpec | None], view: View, sizes: dict[str, int | None], pinned: set[str]
-) -> None:
+def _pin_unequal(inputs: list[TensorSpec | None], view: View, sizes: dict[str, int | None], pinned: set[str]) -> None:
     """An axis whose extents differ between the branches stays whole in each."""
     for slot, spec in enumerate(inputs):
         operand = view.input(slot)

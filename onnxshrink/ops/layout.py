@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxshrink.facts import Known, along, nothing, partial
-from onnxshrink.families import layout, moved, pointwise
+from onnxshrink.facts import Known, along, partial
+from onnxshrink.families import layout
 from onnxshrink.graph import Shape
-from onnxshrink.notation import Link, Relation, UnresolvedError, resolve, reshape
+from onnxshrink.notation import Link, Relation, UnresolvedError, reshape, resolve, transfer
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import Operand, View
-from onnxshrink.weights import Array, BoolArray
+from onnxshrink.weights import Array, BoolArray, all_along
 
 
 def _shape(operand: Operand) -> Shape:
@@ -117,12 +117,6 @@ def linked(
         specs.append(tuple(factors))
     count = len(inputs)
     return Relation(tuple(specs[:count]), tuple(specs[count:]), sizes, frozenset(pinned), {f"a{axis}": tuple(links)})
-
-
-def _passing(view: View) -> Relation:
-    """Every axis of the first input and the output passes through; used where nothing is linked."""
-    relation = resolve("*a -> *a", [_shape(view.data())], [_shape(view.output())])
-    return _with_other_inputs(view, relation)
 
 
 def _static(operand: Operand, axis: int) -> int:
@@ -253,7 +247,7 @@ def _slice(view: View) -> Relation:
         return _free_slice(view, set(positions))
     if len(positions) > 1:
         return _many_slices(view, positions)
-    (axis, taken), = static.items()
+    ((axis, taken),) = static.items()
     if output.extent(axis) != len(taken):
         raise UnresolvedError("the slice does not fit the inferred shape")
     link = Link(0, -1, taken, np.arange(len(taken)))
@@ -360,7 +354,7 @@ def _pad(view: View) -> Relation:
     right = " ".join(f"[{n}o]" if axis in padded else n for axis, n in enumerate(names))
     relation = resolve(f"{left} -> {right}", [_shape(view.data())], [_shape(view.output())])
     last = {rank - 1} & set(padded)
-    for axis in ({1} if channel else last):
+    for axis in {1} if channel else last:
         relation = _pad_link(view, relation, axis, padded[axis])
     return _with_other_inputs(view, relation)
 
@@ -405,13 +399,11 @@ def _pad_forward(view: View) -> list[Known | None]:
     axes, before, after = _pads(view)
     spread = tuple(a for a, b, e in zip(axes, before, after, strict=True) if (b or e) and a in spread)
     mask: BoolArray = known.mask & (known.value == value)
-    mask = mask.all(axis=spread, keepdims=True) if spread else mask
+    mask = all_along(mask, spread, keepdims=True) if spread else mask
     return [_pad_added(view, mask, value)]
 
 
 def _pad_added(view: View, mask: BoolArray, value: Array) -> Known | None:
-    from onnxshrink.notation import transfer
-
     relation = view.relation
     assert relation is not None
     moved_mask = transfer(relation, mask, 0, -1, fill=True)
@@ -474,4 +466,3 @@ def _expand_rewrite(view: View) -> Rewrite:
 
 
 register(Rule("Expand", since=8, relate=_expand, forward=_expand_forward, rewrite=_expand_rewrite))
-_ = (moved, nothing, pointwise, _passing)

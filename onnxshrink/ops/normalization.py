@@ -11,7 +11,7 @@ from onnxshrink.families import needed_by_relation
 from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import View
-from onnxshrink.weights import Array, BoolArray
+from onnxshrink.weights import Array, BoolArray, all_along, any_along
 
 # --- BatchNormalization: an affine map per channel --------------------------------------------------------------
 
@@ -124,7 +124,7 @@ def mixes(*axes: int) -> Callable[[View], list[BoolArray | None]]:
         data = needed[0]
         assert data is not None
         normal = tuple(axis % data.ndim for axis in axes)
-        return [data.any(axis=normal, keepdims=True), *needed[1:]]
+        return [any_along(data, normal, keepdims=True), *needed[1:]]
 
     return backward
 
@@ -286,7 +286,7 @@ def _mean_variance_forward(view: View) -> list[Known | None]:
     """Zeros throughout what is averaged stay zero."""
     known = view.data().known
     axes = tuple(axis % view.data().rank for axis in view.attribute("axes", [0, 2, 3]))
-    zero = known.zero().all(axis=axes, keepdims=True)
+    zero = all_along(known.zero(), axes, keepdims=True)
     return [partial(zero, np.zeros((1,) * zero.ndim, view.output().dtype))]
 
 

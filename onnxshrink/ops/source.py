@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from onnxshrink.facts import Known, partial
-from onnxshrink.families import whole
 from onnxshrink.notation import Relation, UnresolvedError
 from onnxshrink.registry import Rewrite, Rule, register
 from onnxshrink.view import View
@@ -85,4 +84,3 @@ register(
         rewrite=_size_rewrite,
     )
 )
-_ = whole

@@ -194,7 +194,9 @@ def _weights(kernel: Kernel, fold: Fold | None) -> Array:
     rows, columns = rows.reshape(blocks, -1), columns.reshape(blocks, -1)
     if fold is not None and fold.appends:
         columns = np.concatenate([columns, np.ones((1, 1), np.bool_)], axis=1)
-    sliced = [weights[b][np.flatnonzero(rows[b])][:, np.flatnonzero(columns[b])] for b in np.flatnonzero(rows.any(axis=1))]
+    sliced = [
+        weights[b][np.flatnonzero(rows[b])][:, np.flatnonzero(columns[b])] for b in np.flatnonzero(rows.any(axis=1))
+    ]
     return kernel.stored(np.stack(sliced).astype(stored.dtype))
 
 
