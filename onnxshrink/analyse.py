@@ -151,10 +151,15 @@ def _derive(analysis: Analysis, view: View) -> bool:
     given = [o.constant for o in inputs if o.constant is not None]
     if sum(sizes) > max(_DERIVED_BYTES, sum(c.nbytes for c in given)):
         return False
-    if any(c.nbytes > _DERIVED_BYTES and analysis.readers[c.name] > 1 for c in given):
-        # A large weight that others read too would be stored twice.
+    if any(c.nbytes > _DERIVED_BYTES and _stored_twice(analysis, c, sum(sizes)) for c in given):
         return False
     return _evaluate_constants(analysis, view)
+
+
+def _stored_twice(analysis: Analysis, weights: Constant, nbytes: int) -> bool:
+    """Whether a large weight that others read too would take more room, were every reader's result a constant."""
+    readers = analysis.readers[weights.name]
+    return readers > 1 and readers * nbytes > weights.nbytes
 
 
 def _evaluate_constants(analysis: Analysis, view: View) -> bool:

@@ -124,6 +124,13 @@ class _Site:
         if len(self.relation.links) and len(self.node.outputs) > 1:
             absent = [i for i, name in enumerate(self.node.outputs) if name not in self.plan.present]
             self.editor.drop_outputs(self.target, absent)
+            gone += absent
+        if gone and len(self.target.outputs) == 1 and self._joins_one():
+            self.editor.bypass(self.target, 0)
+
+    def _joins_one(self) -> bool:
+        """Whether what was joined or cut is down to one piece, which is the whole."""
+        return len(joined_inputs(self.relation)) > 1 and len(self.target.inputs) == 1 or len(self.node.outputs) > 1
 
     def _correct(self, rewrite: Rewrite) -> None:
         if rewrite.fixed is not None:

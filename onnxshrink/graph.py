@@ -158,6 +158,15 @@ def _check_storage(model: onnx.ModelProto, folder: Path | None) -> None:
                 raise InputError(f"invalid model: initializer {tensor.name!r}: {_first_line(error)}") from None
 
 
+def _check_structure(skeleton: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(skeleton)
+    except onnx.checker.ValidationError as error:
+        # Some operators were deprecated at the opset that brought them in; runtimes run them all the same.
+        if "is deprecated" not in str(error):
+            raise InputError(f"invalid model: {_first_line(error)}") from None
+
+
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
@@ -186,10 +195,7 @@ class Graph:
         self.proto, self.folder = load_proto(model)
         _check_storage(self.proto, self.folder)
         skeleton = make_skeleton(self.proto)
-        try:
-            onnx.checker.check_model(skeleton)
-        except onnx.checker.ValidationError as error:
-            raise InputError(f"invalid model: {_first_line(error)}") from None
+        _check_structure(skeleton)
         if self.proto.functions:
             skeleton = onnx.inliner.inline_local_functions(skeleton)
         self.skeleton = skeleton

@@ -452,6 +452,7 @@ def _follow(relation: Relation, factor: str, array: Array, axis: int, source: in
         take, put = (link.source, link.target) if link.input == source else (link.target, link.source)
         values = np.broadcast_to(moved, (1, *moved.shape[1:])) if moved.shape[0] == 1 else moved[take]
         if array.dtype == np.bool_:
+            out[put] = False
             np.logical_or.at(out, put, values)
         else:
             out[put] = values

@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import onnx
 
-_ROUNDS = 4
+_ROUNDS = 256
+_LIKE_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
 
 
 def infer(skeleton: onnx.ModelProto) -> onnx.GraphProto:
@@ -19,6 +20,7 @@ def infer(skeleton: onnx.ModelProto) -> onnx.GraphProto:
             # Inference is a help, not a need.
             return skeleton.graph
         found = _cancelled(inferred.graph)
+        found |= _like_input(inferred.graph)
         if not found:
             return inferred.graph
         skeleton = inferred
@@ -29,6 +31,24 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | str | None] | None:
     if not value.type.tensor_type.HasField("shape"):
         return None
     return [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in value.type.tensor_type.shape.dim]
+
+
+def _like_input(graph: onnx.GraphProto) -> bool:
+    """Outputs that have the shape of the first input, where inference through the operator's function body fails."""
+    values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
+    changed = False
+    for node in graph.node:
+        if node.op_type not in _LIKE_INPUT or node.domain not in ("", "ai.onnx"):
+            continue
+        source, target = values.get(node.input[0]), values.get(node.output[0])
+        if source is None or _dims(source) is None or (target is not None and _dims(target) is not None):
+            continue
+        if target is None:
+            target = graph.value_info.add(name=node.output[0])
+            values[target.name] = target
+        target.type.CopyFrom(source.type)
+        changed = True
+    return changed
 
 
 def _cancelled(graph: onnx.GraphProto) -> bool:

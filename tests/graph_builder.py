@@ -49,6 +49,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     dims: tuple[Dim, ...]
+    element: int = onnx.TensorProto.FLOAT
 
     @property
     def rank(self) -> int:
@@ -72,6 +73,7 @@ class Builder:
     def __init__(self, chooser: Chooser, dtype: type[Any], opset: int) -> None:
         self.chooser = chooser
         self.dtype = np.dtype(dtype)
+        self.element = int(helper.np_dtype_to_tensor_dtype(self.dtype))
         self.opset = opset
         self.rng = np.random.default_rng(chooser.integer(0, 2**31 - 1))
         self.nodes: list[onnx.NodeProto] = []
@@ -80,6 +82,7 @@ class Builder:
         self.tensors: list[Tensor] = []
         self.used: set[str] = set()
         self.arrays: dict[str, Array] = {}
+        self.declared: dict[str, Array] = {}
         self._count = 0
 
     # --- decisions ----------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ class Builder:
     # --- nodes --------------------------------------------------------------------------------------------------
 
     def input(self, shape: Sequence[int], dims: Sequence[Dim]) -> Tensor:
-        tensor = Tensor(self._name("x"), tuple(shape), tuple(dims))
+        tensor = Tensor(self._name("x"), tuple(shape), tuple(dims), self.element)
         self.inputs.append(tensor)
         self.tensors.append(tensor)
         return tensor
@@ -164,34 +167,24 @@ class Builder:
         outputs = [self._name("t") for _ in range(count)]
         given = {name: value for name, value in attributes.items() if value is not None}
         proto = helper.make_node(op, names, outputs, name=f"{op}_{outputs[0]}", **given)
-        operands = [t for t in inputs if isinstance(t, Tensor)]
-        shapes = self._infer(proto, {t.name: t.shape for t in operands}, {t.name: t.shape for t in operands})
-        dims = self._infer(proto, {t.name: t.dims for t in operands}, {t.name: t.shape for t in operands})
-        made = [self._made(name, shapes[name], dims[name]) for name in outputs]
+        operands = [t for t in inputs if isinstance(t, Tensor) and t.name not in self.arrays]
+        values = self._infer(proto, operands, symbolic=False)
+        symbols = self._infer(proto, operands, symbolic=True)
+        made = [_made(value, symbol) for value, symbol in zip(values, symbols, strict=True)]
         self.nodes.append(proto)
-        self.used.update(t.name for t in operands)
+        self.used.update(names)
         if keep:
-            self.tensors += made
+            self.tensors += [t for t in made if t.element == self.element]
         return made
 
     def one(self, op: str, inputs: Sequence[Tensor | str | None], keep: bool = True, **attributes: Any) -> Tensor:
         """A node with one output."""
         return self.node(op, inputs, keep=keep, **attributes)[0]
 
-    def _made(self, name: str, shape: tuple[Dim, ...] | None, dims: tuple[Dim, ...] | None) -> Tensor:
-        if shape is None or dims is None or len(shape) > 6:
-            raise Rejected
-        extents = tuple(extent for extent in shape if isinstance(extent, int))
-        if len(extents) != len(shape) or 0 in extents or np.prod(extents, dtype=np.int64) > LARGEST_TENSOR:
-            raise Rejected
-        return Tensor(name, extents, dims)
-
-    def _infer(
-        self, node: onnx.NodeProto, dims: dict[str, tuple[Dim, ...]], shapes: dict[str, tuple[int, ...]]
-    ) -> dict[str, tuple[Dim, ...] | None]:
-        code = helper.np_dtype_to_tensor_dtype(self.dtype)
-        values = [helper.make_tensor_value_info(name, code, list(extents)) for name, extents in dims.items()]
-        constants = [numpy_helper.from_array(self.arrays[n], n) for n in dict.fromkeys(node.input) if n in self.arrays]
+    def _infer(self, node: onnx.NodeProto, operands: list[Tensor], symbolic: bool) -> list[onnx.ValueInfoProto]:
+        values = [_value_info(t, symbolic) for t in {t.name: t for t in operands}.values()]
+        arrays = {**self.arrays, **(self.declared if symbolic else {})}
+        constants = [numpy_helper.from_array(arrays[n], n) for n in dict.fromkeys(node.input) if n in arrays]
         outputs = [onnx.ValueInfoProto(name=name) for name in node.output]
         graph = helper.make_graph([node], "one", values, outputs, constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=IR_VERSION)
@@ -199,20 +192,39 @@ class Builder:
             inferred = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
         except shape_inference.InferenceError:
             raise Rejected from None
-        return {value.name: _dims_of(value) for value in inferred.graph.output}
+        return list(inferred.graph.output)
+
+    def mark(self) -> tuple[int, ...]:
+        """The state before a step, for `rewind`."""
+        return len(self.nodes), len(self.weights), len(self.tensors)
+
+    def rewind(self, mark: tuple[int, ...]) -> None:
+        """Take back what a rejected step has added."""
+        nodes, weights, tensors = mark
+        del self.nodes[nodes:], self.weights[weights:], self.tensors[tensors:]
+        read = {name for node in self.nodes for name in node.input}
+        self.used &= read
 
     # --- the model ----------------------------------------------------------------------------------------------
 
     def model(self, outputs: Sequence[Tensor]) -> onnx.ModelProto:
-        code = helper.np_dtype_to_tensor_dtype(self.dtype)
-        graph = helper.make_graph(
-            self.nodes,
-            "random",
-            [helper.make_tensor_value_info(t.name, code, list(t.dims)) for t in self.inputs],
-            [helper.make_tensor_value_info(t.name, code, list(t.dims)) for t in outputs],
-            self.weights,
-        )
+        interface = [[_value_info(t, symbolic=True) for t in side] for side in (self.inputs, outputs)]
+        graph = helper.make_graph(self.nodes, "random", *interface, self.weights)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=IR_VERSION)
+
+
+def _value_info(tensor: Tensor, symbolic: bool) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, tensor.element, list(tensor.dims if symbolic else tensor.shape))
+
+
+def _made(value: onnx.ValueInfoProto, symbol: onnx.ValueInfoProto) -> Tensor:
+    shape, dims = _dims_of(value), _dims_of(symbol)
+    if shape is None or dims is None or len(shape) > 6:
+        raise Rejected
+    extents = tuple(extent for extent in shape if isinstance(extent, int))
+    if len(extents) != len(shape) or 0 in extents or np.prod(extents, dtype=np.int64) > LARGEST_TENSOR:
+        raise Rejected
+    return Tensor(value.name, extents, dims, value.type.tensor_type.elem_type)
 
 
 def _dims_of(value: onnx.ValueInfoProto) -> tuple[Dim, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxshrink.facts import Known, everything
+from onnxshrink.facts import Known, everything, nothing, partial
 from onnxshrink.families import factors_of, needed_by_relation, pointwise, product
 from onnxshrink.notation import Relation, elementwise
 from onnxshrink.registry import Rewrite, Rule, register
@@ -38,8 +38,15 @@ def _power_needed(view: View) -> list[BoolArray | None]:
 
 
 def _quotient(view: View) -> list[Known | None]:
-    """Zero divided by anything but zero is zero; only what is known for certain is claimed."""
-    return pointwise(view)
+    """Zero divided by anything is zero: where the divisor were zero too, the model would give no number."""
+    (found,) = pointwise(view)
+    dividend, output = view.data(0), view.output()
+    zero = dividend.zero()
+    if not zero.any() or not np.issubdtype(output.dtype or np.dtype(np.int64), np.floating):
+        return [found]
+    zero = zero.reshape((1,) * (output.rank - zero.ndim) + zero.shape)
+    base = found or nothing(output.rank, output.dtype)
+    return [partial(base.mask | zero, np.where(zero, np.zeros((), base.value.dtype), base.value))]
 
 
 def _constant_of(view: View, slot: int) -> Array | None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxshrink.facts import Known, along, partial
-from onnxshrink.families import layout
+from onnxshrink.facts import Known, along, partial, uniform
+from onnxshrink.families import layout, moved
 from onnxshrink.graph import Shape
 from onnxshrink.notation import Link, Relation, UnresolvedError, reshape, resolve, transfer
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import Operand, View
-from onnxshrink.weights import Array, BoolArray, all_along
+from onnxshrink.weights import Array, BoolArray
 
 
 def _shape(operand: Operand) -> Shape:
@@ -389,18 +389,19 @@ def _pad_value(view: View) -> Array | None:
 
 def _pad_forward(view: View) -> list[Known | None]:
     """A channel of the padding's own value stays uniform; channels that are added hold that value."""
-    value = _pad_value(view)
-    relation = view.relation
+    relation, known = view.relation, view.data().known
     assert relation is not None
+    axes, before, after = _pads(view)
+    padded = [a for a, b, e in zip(axes, before, after, strict=True) if b or e]
+    pinned = [a for a, f in enumerate(relation.inputs[0] or ()) if f and f[0] in relation.pinned and a in padded]
+    known = uniform(known, pinned)
+    if view.attribute("mode", "constant") != "constant":
+        # Reflected, repeated or wrapped, what holds one value along the axis goes on holding it.
+        return [moved(relation, known, 0, -1)] if len(pinned) == len(padded) else [None]
+    value = _pad_value(view)
     if value is None:
         return [None]
-    known = view.data().known
-    spread = tuple(a for a, f in enumerate(relation.inputs[0] or ()) if f and f[0] in relation.pinned)
-    axes, before, after = _pads(view)
-    spread = tuple(a for a, b, e in zip(axes, before, after, strict=True) if (b or e) and a in spread)
-    mask: BoolArray = known.mask & (known.value == value)
-    mask = all_along(mask, spread, keepdims=True) if spread else mask
-    return [_pad_added(view, mask, value)]
+    return [_pad_added(view, np.asarray(known.mask & (known.value == value)), value)]
 
 
 def _pad_added(view: View, mask: BoolArray, value: Array) -> Known | None:
