@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from onnxshrink.facts import Known, everything
+from onnxshrink.facts import Known, compress, everything
 from onnxshrink.families import needed_by_relation, whole
 from onnxshrink.graph import Graph, Node
 from onnxshrink.notation import Relation, UnresolvedError, opaque
@@ -42,6 +42,7 @@ class Analysis:
         relations: per node index, how its axes hang together.
         refusals: nodes kept whole for want of a rule, with the reason.
         derived: names of constants that are computed from constants.
+        throughout: indices of nodes with a partial function whose inputs are needed everywhere.
         readers: how many inputs read each tensor.
     """
 
@@ -54,6 +55,7 @@ class Analysis:
     constants: dict[str, Constant] = field(default_factory=dict)
     derived: set[str] = field(default_factory=set)
     readers: Counter[str] = field(default_factory=Counter)
+    throughout: set[int] = field(default_factory=set)
 
     def nodes(self) -> list[Node]:
         """The nodes that compute something that is not constant."""
@@ -77,7 +79,8 @@ class Analysis:
         outputs = tuple(self._operand(name) for name in node.outputs)
         needed = tuple(self.needed.get(name) for name in node.outputs)
         opsets = tuple(self.graph.opsets.items())
-        return View(node, inputs, outputs, opsets, relation or self.relations.get(node.index), needed)
+        relation = relation or self.relations.get(node.index)
+        return View(node, inputs, outputs, opsets, relation, needed, throughout=node.index in self.throughout)
 
     def _operand(self, name: str) -> Operand | None:
         if not name:
@@ -94,11 +97,17 @@ def analyse(graph: Graph) -> Analysis:
     analysis = Analysis(graph, constants=dict(graph.constants), readers=readers)
     for node in graph.nodes:
         _forward(analysis, node)
-    for name in graph.outputs:
-        analysis.needed[name] = everything(analysis.rank(name))
-    for node in reversed(graph.nodes):
-        _backward(analysis, node)
+    find_needed(analysis)
     return analysis
+
+
+def find_needed(analysis: Analysis) -> None:
+    """The backward analysis, from the start."""
+    analysis.needed.clear()
+    for name in analysis.graph.outputs:
+        analysis.needed[name] = everything(analysis.rank(name))
+    for node in reversed(analysis.graph.nodes):
+        _backward(analysis, node)
 
 
 def _forward(analysis: Analysis, node: Node) -> None:
@@ -188,7 +197,7 @@ def _backward(analysis: Analysis, node: Node) -> None:
         if not name or mask is None or name in analysis.constants:
             continue
         before = analysis.needed.get(name)
-        analysis.needed[name] = mask if before is None else before | mask
+        analysis.needed[name] = compress(mask if before is None else before | mask)
 
 
 def _is_live(analysis: Analysis, name: str) -> bool:

@@ -24,7 +24,11 @@ def apply(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
     """The smaller model. The graph that was analysed is not changed."""
     editor = Editor(analysis.graph)
     for node in analysis.nodes():
-        if any(name in plan.present for name in node.outputs):
+        if node.index in plan.settled:
+            for index, value in enumerate(plan.settled[node.index]):
+                kept = taken(value, plan.kept[node.outputs[index]])
+                editor.settle(editor.find(node), index, np.ascontiguousarray(kept))
+        elif any(name in plan.present for name in node.outputs):
             _Site(analysis, plan, editor, node).rewrite()
     return editor.export({name: _extents(kept) for name, kept in plan.kept.items()})
 

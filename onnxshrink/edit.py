@@ -113,6 +113,19 @@ class Editor:
         inputs.insert(position, raw)
         return self._insert(op, inputs, tensor, self._position(node) + 1, node)
 
+    def settle(self, node: gs.Node, index: int, value: Array) -> None:
+        """Put a constant in the place of an output."""
+        output = node.outputs[index]
+        made = self.constant(f"{output.name}_constant", partial(same, value))
+        if any(output is other for other in self._wiring.outputs) or self._is_extra(output):
+            node.outputs[index] = gs.Variable(self._name(f"{output.name}_raw"))
+            self._insert("Identity", [made], output, self._position(node) + 1, node)
+            return
+        for reader in list(output.outputs):
+            for slot, tensor in enumerate(reader.inputs):
+                if tensor is output:
+                    reader.inputs[slot] = made
+
     def add(self, node: gs.Node, value: Array) -> None:
         """Add a constant to the first output: in the constant of an Add that follows, where there is one."""
         self._additions.append((node, value))

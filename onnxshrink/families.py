@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import numpy as np
@@ -167,6 +168,36 @@ def factors_of(view: View, *slots: int) -> list[BoolArray | None]:
     return needed
 
 
-def needed_throughout(view: View) -> list[BoolArray | None]:
-    """Every element of every input, if any element of the output is live."""
-    return [None if operand is None else everything(operand.rank) for operand in view.inputs]
+def hull(mask: BoolArray) -> BoolArray:
+    """The smallest product of index sets, one per axis, that covers `mask`: what is computed once it is kept."""
+    result = everything(mask.ndim)
+    for axis in range(mask.ndim):
+        if mask.shape[axis] > 1:
+            rest = tuple(a for a in range(mask.ndim) if a != axis)
+            result = result & any_along(mask, rest, keepdims=True)
+    return result & bool(mask.any())
+
+
+def partial_in(*slots: int) -> Callable[[View], list[BoolArray | None]]:
+    """Backward rule of a function that has no finite value everywhere, such as a logarithm.
+
+    An element that nothing needs may hold anything once its inputs are gone; here it must not, or a later
+    multiplication by zero would not give zero. So the inputs at `slots` are needed wherever the output is computed:
+    on the hull of what is live, or throughout where planning found that it keeps more than that.
+    """
+
+    def backward(view: View) -> list[BoolArray | None]:
+        needed = needed_by_relation(view)
+        relation = view.relation
+        assert relation is not None
+        for slot in slots:
+            operand = view.input(slot)
+            if operand is None:
+                continue
+            if view.throughout or relation.spec(slot) is None:
+                needed[slot] = everything(operand.rank)
+            else:
+                needed[slot] = spread(relation, slot, transfer(relation, hull(view.live()), -1, slot))
+        return needed
+
+    return backward

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnxshrink.analyse import Analysis
-from onnxshrink.facts import project
+from onnxshrink.analyse import Analysis, find_needed
+from onnxshrink.facts import everything, project
 from onnxshrink.graph import Node
 from onnxshrink.notation import AxisSpec, Relation
 from onnxshrink.registry import Keep
@@ -32,6 +32,9 @@ class Cause:
     reason: str
 
 
+# A node whose outputs are known becomes a constant of up to this many elements, or of its own weights' size.
+_SETTLED_ELEMENTS = 4096
+
 LIVE = Cause("", "", "live")
 INTERFACE = Cause("", "", "an input or output of the model")
 
@@ -45,6 +48,7 @@ class Plan:
         present: tensors that are computed at all.
         folds: per node index, per input, constants that leave.
         frozen: per node index, per input, the compressed constant that takes the place of a computed tensor.
+        settled: per node index, the constants that take the place of a node's outputs.
         blocks: per node index, into how many blocks the groups of an operator are joined.
         constants: per node index, per constant (or frozen) input, per axis, a mask of what this use keeps.
         causes: every cause, referred to by number.
@@ -56,6 +60,7 @@ class Plan:
     folds: dict[int, dict[int, Fold]] = field(default_factory=dict)
     frozen: dict[int, dict[int, Array]] = field(default_factory=dict)
     constants: dict[int, dict[int, Kept]] = field(default_factory=dict)
+    settled: dict[int, list[Array]] = field(default_factory=dict)
     blocks: dict[int, int] = field(default_factory=dict)
     causes: list[Cause] = field(default_factory=list)
     cause: dict[str, list[Array | None]] = field(default_factory=dict)
@@ -67,14 +72,19 @@ class Plan:
 
 def make_plan(analysis: Analysis) -> Plan:
     """The smallest sets that agree with every node of the graph."""
-    planner = _Planner(analysis)
-    planner.start()
-    planner.grow()
-    planner.choose_blocks()
-    planner.grow()
-    while planner.settle():
+    while True:
+        planner = _Planner(analysis)
+        planner.start()
         planner.grow()
-    return planner.finish()
+        planner.choose_blocks()
+        planner.grow()
+        while planner.settle():
+            planner.grow()
+        careless = planner.careless()
+        if not careless:
+            return planner.finish()
+        analysis.throughout.update(careless)
+        find_needed(analysis)
 
 
 class _Planner:
@@ -92,6 +102,7 @@ class _Planner:
         self.queue: deque[Node] = deque()
         self.queued: set[int] = set()
         self._views: dict[int, View] = {}
+        self.settled: dict[int, list[Array]] = {}
         self.blocks: dict[int, int] = {}
         self.shared = _shared_constants(analysis, self.nodes)
         self.free: dict[str, dict[int, BoolArray]] = {}
@@ -111,6 +122,9 @@ class _Planner:
             if name in self.kept:
                 self._keep_all(name)
         for node in self.nodes:
+            values = _settled(self.analysis, node)
+            if values is not None:
+                self.settled[node.index] = values
             self.frozen[node.index] = self._freeze(node)
             self._find_free(node)
         for node in reversed(self.nodes):
@@ -201,12 +215,16 @@ class _Planner:
         while self.queue:
             node = self.queue.popleft()
             self.queued.discard(node.index)
-            if self.active(node):
+            if self.working(node):
                 self._agree(node)
 
     def active(self, node: Node) -> bool:
         """Whether the node is computed at all."""
         return any(name in self.present for name in node.outputs)
+
+    def working(self, node: Node) -> bool:
+        """Whether the node is computed by its operator, and not replaced by a constant."""
+        return node.index not in self.settled and self.active(node)
 
     def slot_name(self, node: Node, slot: int) -> str | None:
         """The computed tensor at a slot; None for constants, frozen inputs and tensors that are not there."""
@@ -327,7 +345,7 @@ class _Planner:
         """For every node with groups, the exact grouping that leaves the smallest weights, as things stand now."""
         for node in self.nodes:
             relation = self.analysis.relations[node.index]
-            if not relation.ragged or not self.active(node):
+            if not relation.ragged or not self.working(node):
                 continue
             (factor,) = relation.ragged
             groups = relation.sizes[factor] or 1
@@ -366,7 +384,7 @@ class _Planner:
         grown = False
         for node in self.nodes:
             rule = self.analysis.rules[node.index]
-            if rule is not None and rule.represent is not None and self.active(node):
+            if rule is not None and rule.represent is not None and self.working(node):
                 grown |= self._retain(node, rule.represent(self.view(node)))
                 self.grow()
         return grown or self._share() or self._fill()
@@ -376,7 +394,7 @@ class _Planner:
         uses: dict[str, list[tuple[Node, int, Kept]]] = {}
         for node in self.nodes:
             names = [n for n in node.inputs if n in self.shared]
-            if names and self.active(node):
+            if names and self.working(node):
                 view = self.view(node)
                 for slot, name in enumerate(node.inputs):
                     if name in names:
@@ -472,10 +490,35 @@ class _Planner:
         assert wanted is not None
         return wanted
 
-    def finish(self) -> Plan:
-        plan = Plan(self.kept, self.present, causes=self.causes, cause=self.cause)
+    def careless(self) -> set[int]:
+        """Nodes with a partial function that keep elements which neither count nor are known: those could be anything.
+
+        The set only ever grows, and is nearly always empty.
+        """
+        found = set()
         for node in self.nodes:
-            if not self.active(node):
+            rule = self.analysis.rules[node.index]
+            if rule is None or not rule.partial or node.index in self.analysis.throughout or not self.working(node):
+                continue
+            if any(self._keeps_unknown(name) for name in node.outputs if name in self.present):
+                found.add(node.index)
+        return found
+
+    def _keeps_unknown(self, name: str) -> bool:
+        known, live = self.analysis.known.get(name), self.analysis.live(name)
+        rest = ~known.mask if known is not None else everything(live.ndim)
+        for axis, kept in enumerate(self.kept[name]):
+            if kept is not None:
+                idle = kept & ~project(live, axis, kept.size) & project(rest, axis, kept.size)
+                if idle.any():
+                    return True
+        return False
+
+    def finish(self) -> Plan:
+        settled = {n.index: self.settled[n.index] for n in self.nodes if n.index in self.settled and self.active(n)}
+        plan = Plan(self.kept, self.present, settled=settled, causes=self.causes, cause=self.cause)
+        for node in self.nodes:
+            if not self.working(node):
                 continue
             rule, view = self.analysis.rules[node.index], self.view(node)
             plan.frozen[node.index] = self.frozen[node.index]
@@ -512,6 +555,23 @@ def _agreed(uses: list[Kept]) -> list[BoolArray] | None:
     ]
     size = int(np.prod([mask.sum() for mask in union], dtype=np.int64))
     return union if size < sum(sizes.values()) else None
+
+
+def _settled(analysis: Analysis, node: Node) -> list[Array] | None:
+    """Values of a node all of whose outputs are known, where they are not larger than what they take the place of."""
+    if analysis.rules[node.index] is None:
+        return None
+    view = analysis.view(node)
+    values = [operand.value() if operand is not None else None for operand in view.outputs]
+    found = [value for value in values if value is not None]
+    if len(found) < len(values):
+        return None
+    inputs = [operand for operand in view.inputs if operand is not None]
+    weights = sum(operand.constant.size for operand in inputs if operand.constant)
+    if all(operand.constant for operand in inputs):
+        # Analysis would have taken the outputs for constants, were they not larger than what they are made of.
+        weights = 0
+    return found if sum(value.size for value in found) <= max(_SETTLED_ELEMENTS, weights) else None
 
 
 def _block_cost(counts: list[Array], blocks: int) -> float:

@@ -7,6 +7,8 @@ from collections import Counter
 import numpy as np
 import onnx
 
+from onnxshrink.custom_shapes import fill
+
 _ROUNDS = 256
 _LIKE_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
 
@@ -21,6 +23,7 @@ def infer(skeleton: onnx.ModelProto) -> onnx.GraphProto:
             return skeleton.graph
         found = _cancelled(inferred.graph)
         found |= _like_input(inferred.graph)
+        found |= fill(inferred.graph)
         if not found:
             return inferred.graph
         skeleton = inferred

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxshrink.facts import Known, everything, nothing, partial
-from onnxshrink.families import factors_of, needed_by_relation, pointwise, product
+from onnxshrink.facts import Known, nothing, partial
+from onnxshrink.families import factors_of, needed_by_relation, partial_in, pointwise, product
 from onnxshrink.notation import Relation, elementwise
 from onnxshrink.registry import Rewrite, Rule, register
 from onnxshrink.view import Operand, View
@@ -23,18 +23,12 @@ def _relate(view: View) -> Relation:
     return elementwise(view.shapes(view.inputs), view.shapes(view.outputs))
 
 
-def _divisor_needed(view: View) -> list[BoolArray | None]:
-    """A divisor, base or exponent must stay right wherever the quotient is computed, needed or not."""
-    needed = needed_by_relation(view)
-    return [needed[0], everything(view.data(1).rank)]
-
-
 def _power_needed(view: View) -> list[BoolArray | None]:
     """A fractional power of anything but the true base may not be a number."""
     exponent = view.data(1).value()
     if exponent is not None and bool(np.all(exponent == np.round(exponent))) and bool(np.all(exponent >= 0)):
         return needed_by_relation(view)
-    return [everything(operand.rank) if operand is not None else None for operand in view.inputs]
+    return partial_in(0, 1)(view)
 
 
 def _quotient(view: View) -> list[Known | None]:
@@ -96,6 +90,6 @@ register(
         rewrite=_neutral(1.0, (0, 1)),  # type: ignore[arg-type]
     )
 )
-register(Rule("Div", since=7, relate=_relate, forward=_quotient, backward=_divisor_needed, absorbs=True))
-register(Rule("Mod", since=10, relate=_relate, forward=pointwise, backward=_divisor_needed, absorbs=True))
-register(Rule("Pow", since=7, relate=_relate, forward=pointwise, backward=_power_needed, absorbs=True))
+register(Rule("Div", since=7, relate=_relate, forward=_quotient, backward=partial_in(1), partial=True, absorbs=True))
+register(Rule("Mod", since=10, relate=_relate, forward=pointwise, backward=partial_in(1), partial=True, absorbs=True))
+register(Rule("Pow", since=7, relate=_relate, forward=pointwise, backward=_power_needed, partial=True, absorbs=True))

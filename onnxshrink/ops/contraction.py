@@ -23,8 +23,22 @@ def bool_product(left: BoolArray, right: BoolArray) -> BoolArray:
     if left.size == left.shape[-1] and right.ndim == 2:
         row = any_along(right[left.reshape(-1)], 0)
         return row.reshape((1,) * (left.ndim - 1) + (-1,))
-    product: BoolArray = (left.astype(np.float32) @ right.astype(np.float32)) > 0
-    return product
+    if right.ndim == 2 and left.shape[-2] > 1:
+        return _by_distinct_rows(left, right)
+    return _float_product(left, right)
+
+
+def _float_product(left: BoolArray, right: BoolArray) -> BoolArray:
+    return np.asarray((left.astype(np.float32) @ right.astype(np.float32)) > 0)
+
+
+def _by_distinct_rows(left: BoolArray, right: BoolArray) -> BoolArray:
+    """Positions mostly share one mask: each distinct row is multiplied once."""
+    rows = left.reshape(-1, left.shape[-1])
+    packed = np.packbits(rows, axis=1)
+    _, first, inverse = np.unique(packed.view(f"V{packed.shape[1]}"), return_index=True, return_inverse=True)
+    found = _float_product(rows[first], right)
+    return found[inverse.reshape(-1)].reshape(*left.shape[:-1], right.shape[1])
 
 
 def reduce_to(mask: BoolArray, operand: Operand) -> BoolArray:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxshrink.facts import Known, partial, uniform
-from onnxshrink.families import needed_throughout, whole
+from onnxshrink.families import partial_in, whole
 from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import View, vector
@@ -168,7 +168,7 @@ for _op in ("ReduceMax", "ReduceMin"):
     register(Rule(_op, relate=_relate, forward=_mean_forward))
 register(Rule("ReduceProd", relate=_relate, forward=_sum_forward))
 for _op in ("ReduceLogSum", "ReduceLogSumExp"):
-    register(Rule(_op, relate=_relate, backward=needed_throughout))
+    register(Rule(_op, relate=_relate, backward=partial_in(0), partial=True))
 
 
 def _argument(view: View) -> Relation:

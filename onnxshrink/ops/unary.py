@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxshrink.families import needed_throughout, pointwise
+from onnxshrink.facts import Known, partial
+from onnxshrink.families import partial_in, pointwise
 from onnxshrink.notation import Relation, UnresolvedError, elementwise, resolve
 from onnxshrink.registry import Rule, register
 from onnxshrink.view import View
@@ -22,13 +23,20 @@ PARTIAL_WORDS = "Acos Acosh Asin Atanh Cosh Exp Log Reciprocal Sinh Sqrt Tan"
 for _word in WORDS.split():
     register(Rule(_word, relate="*a -> *a", forward=pointwise))
 for _word in PARTIAL_WORDS.split():
-    register(Rule(_word, relate="*a -> *a", forward=pointwise, backward=needed_throughout))
+    register(Rule(_word, relate="*a -> *a", forward=pointwise, backward=partial_in(0), partial=True))
 
 
 def _first_input(view: View) -> Relation:
     """The further inputs are scalars or types."""
     shapes = [view.data().shape, *[None] * (len(view.inputs) - 1)]
     return resolve("*a -> *a, *a", shapes, view.shapes(view.outputs))
+
+
+def _first_known(view: View) -> list[Known | None]:
+    """The first output is the first input, in the output's type."""
+    known, dtype = view.data().known, view.output().dtype
+    value = known.value.astype(dtype) if dtype is not None else known.value
+    return [partial(known.mask, value), *[None] * (len(view.outputs) - 1)]
 
 
 def _dropout(view: View) -> Relation:
@@ -44,6 +52,6 @@ register(Rule("Clip", until=10, relate="*a -> *a", forward=pointwise))
 register(
     Rule("Clip", since=11, relate=lambda v: elementwise(v.shapes(v.inputs), v.shapes(v.outputs)), forward=pointwise)
 )
-register(Rule("Dropout", until=11, relate=_first_input, forward=None))
-register(Rule("Dropout", since=12, relate=_dropout, forward=None))
-register(Rule("CastLike", relate=_first_input, forward=None))
+register(Rule("Dropout", until=11, relate=_first_input, forward=_first_known))
+register(Rule("Dropout", since=12, relate=_dropout, forward=_first_known))
+register(Rule("CastLike", relate=_first_input, forward=_first_known))
