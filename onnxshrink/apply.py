@@ -39,7 +39,8 @@ def _extents(kept: Kept) -> list[int | None]:
 
 def plan_view(analysis: Analysis, plan: Plan, node: Node) -> View:
     """A node as its rule sees it once the plan is made."""
-    view = replace(analysis.view(node), blocks=plan.blocks.get(node.index))
+    frozen = frozenset(plan.frozen.get(node.index, {}))
+    view = replace(analysis.view(node), blocks=plan.blocks.get(node.index), frozen=frozen)
     view.kept.update(plan.constants.get(node.index, {}))
     for slot, name in enumerate(node.inputs):
         if slot not in view.kept and name in plan.kept:

@@ -32,7 +32,7 @@ class Cause:
     reason: str
 
 
-# A node whose outputs are known becomes a constant of up to this many elements, or of its own weights' size.
+# A node whose outputs are known becomes a constant no larger than its own weights; shape arithmetic, than this.
 _SETTLED_ELEMENTS = 4096
 
 LIVE = Cause("", "", "live")
@@ -72,26 +72,30 @@ class Plan:
 
 def make_plan(analysis: Analysis) -> Plan:
     """The smallest sets that agree with every node of the graph."""
+    idle: set[str] = set()
     while True:
-        planner = _Planner(analysis)
+        planner = _Planner(analysis, idle)
         planner.start()
         planner.grow()
         planner.choose_blocks()
         planner.grow()
         while planner.settle():
             planner.grow()
-        careless = planner.careless()
-        if not careless:
+        careless, found = planner.careless(), planner.idle()
+        if not careless and not found:
             return planner.finish()
-        analysis.throughout.update(careless)
-        find_needed(analysis)
+        idle |= found
+        if careless:
+            analysis.throughout.update(careless)
+            find_needed(analysis)
 
 
 class _Planner:
     """The growing sets."""
 
-    def __init__(self, analysis: Analysis) -> None:
+    def __init__(self, analysis: Analysis, idle: set[str]) -> None:
         self.analysis = analysis
+        self._idle = idle
         self.nodes = analysis.nodes()
         self.kept: dict[str, Kept] = {}
         self.cause: dict[str, list[Array | None]] = {}
@@ -122,7 +126,7 @@ class _Planner:
             if name in self.kept:
                 self._keep_all(name)
         for node in self.nodes:
-            values = _settled(self.analysis, node)
+            values = _settled(self.analysis, node, self._idle)
             if values is not None:
                 self.settled[node.index] = values
             self.frozen[node.index] = self._freeze(node)
@@ -162,6 +166,10 @@ class _Planner:
                     axes = self.free.setdefault(node.outputs[-1 - output], {})
                     axes[_axis_of(relation, output, factor)] = unfilled
 
+    def _is_known(self, operand: Operand) -> bool:
+        """Whether every element that may be kept is known."""
+        return operand.known.everything or operand.name in self._idle
+
     def _freeze(self, node: Node) -> dict[int, Array]:
         """Computed inputs that this node can take as a constant instead."""
         rule = self.analysis.rules[node.index]
@@ -171,7 +179,7 @@ class _Planner:
         output = view.output()
         frozen: dict[int, Array] = {}
         for slot, operand in enumerate(view.inputs):
-            if operand is None or operand.constant is not None or not operand.known.everything:
+            if operand is None or operand.constant is not None or not self._is_known(operand):
                 continue
             others = [o for s, o in enumerate(view.inputs) if s != slot and s not in frozen and o is not None]
             if _covers(output, others, operand):
@@ -462,12 +470,23 @@ class _Planner:
         for slot, operand in enumerate(view.inputs):
             if operand is not None and slot not in kept:
                 kept[slot] = [
-                    self._of_spec(relation, slot, axis, operand, unions, axes) for axis in range(operand.rank)
+                    self._of_spec(node, relation, slot, axis, operand, unions, axes) for axis in range(operand.rank)
                 ]
+        return kept
+
+    def _of_links(self, node: Node, relation: Relation, slot: int, factor: str, extent: int) -> BoolArray:
+        """What a constant keeps of an axis that is laid end to end with others: its part of the output."""
+        kept = np.zeros(extent, np.bool_)
+        for link in relation.links[factor]:
+            name = self._raw_name(node, link.output)
+            whole = self.kept[name][_axis_of(relation, link.output, factor)] if name is not None else None
+            if link.input == slot:
+                kept[link.source] |= True if whole is None else whole[link.target]
         return kept
 
     def _of_spec(
         self,
+        node: Node,
         relation: Relation,
         slot: int,
         axis: int,
@@ -481,14 +500,27 @@ class _Planner:
         if extent is None:
             return None
         factors = spec[axis] if spec is not None else ()
-        if not factors or factors[0] in relation.links:
+        if not factors:
             return np.ones(extent, np.bool_)
+        if factors[0] in relation.links:
+            return self._of_links(node, relation, slot, factors[0], extent)
         same = axes.get(factors)
         if same is not None:
             return same
         wanted = _product(factors, {f: unions.get(f, np.ones(relation.sizes[f] or 1, np.bool_)) for f in factors})
         assert wanted is not None
         return wanted
+
+    def idle(self) -> set[str]:
+        """Computed tensors of which only known elements are kept: they may be constants as well, in a plan made anew."""
+        found = set()
+        for name in self.present:
+            known = self.analysis.known.get(name)
+            if known is None or name in self._idle or known.everything or self.analysis.live(name).any():
+                continue
+            if all_within(self.kept[name], known.mask):
+                found.add(name)
+        return found
 
     def careless(self) -> set[int]:
         """Nodes with a partial function that keep elements which neither count nor are known: those could be anything.
@@ -557,12 +589,12 @@ def _agreed(uses: list[Kept]) -> list[BoolArray] | None:
     return union if size < sum(sizes.values()) else None
 
 
-def _settled(analysis: Analysis, node: Node) -> list[Array] | None:
-    """Values of a node all of whose outputs are known, where they are not larger than what they take the place of."""
+def _settled(analysis: Analysis, node: Node, idle: set[str]) -> list[Array] | None:
+    """Values of a node all of whose outputs are known (as far as they are kept), where they are not larger than what they take the place of."""
     if analysis.rules[node.index] is None:
         return None
     view = analysis.view(node)
-    values = [operand.value() if operand is not None else None for operand in view.outputs]
+    values = [_full(operand, operand.name in idle) if operand is not None else None for operand in view.outputs]
     found = [value for value in values if value is not None]
     if len(found) < len(values):
         return None
@@ -571,7 +603,24 @@ def _settled(analysis: Analysis, node: Node) -> list[Array] | None:
     if all(operand.constant for operand in inputs):
         # Analysis would have taken the outputs for constants, were they not larger than what they are made of.
         weights = 0
-    return found if sum(value.size for value in found) <= max(_SETTLED_ELEMENTS, weights) else None
+    size = sum(value.size for value in found)
+    numbers = all(np.issubdtype(value.dtype, np.integer) or value.dtype == np.bool_ for value in found)
+    return found if size <= (_SETTLED_ELEMENTS if numbers else weights) else None
+
+
+def _full(operand: Operand, idle: bool) -> Array | None:
+    shape = operand.static_shape()
+    if shape is None or not (idle or operand.known.everything):
+        return None
+    return np.broadcast_to(operand.known.value, shape)
+
+
+def all_within(kept: Kept, mask: BoolArray) -> bool:
+    """Whether a mask holds on the whole product of what is kept per axis."""
+    for axis, indices in enumerate(kept):
+        if indices is not None and mask.shape[axis] == indices.size:
+            mask = mask.compress(indices, axis=axis)
+    return bool(mask.all())
 
 
 def _block_cost(counts: list[Array], blocks: int) -> float:

@@ -102,6 +102,7 @@ class View:
         needed: per output, the elements that can influence an output of the model (backward analysis only).
         kept: per slot, per axis, what stays (planning and applying only).
         folds: per input, the constants that leave (applying only).
+        frozen: inputs whose place a compressed constant takes (applying only).
         throughout: whether the inputs of a partial function are needed everywhere (backward analysis only).
         blocks: into how many blocks the groups fall, where the plan joins some (planning and applying only).
         free: per input, per axis, indices that cost nothing where they come from, such as padding (planning only).
@@ -116,6 +117,7 @@ class View:
     kept: dict[int, list[BoolArray | None]] = field(default_factory=dict)
     folds: dict[int, Fold] = field(default_factory=dict)
     free: dict[int, dict[int, BoolArray]] = field(default_factory=dict)
+    frozen: frozenset[int] = frozenset()
     throughout: bool = False
     blocks: int | None = None
 

@@ -95,19 +95,31 @@ class Linear:
     def _leaving(self) -> tuple[BoolArray, Array]:
         """Channels that leave with a constant that the kept outputs would miss."""
         mask, value = self.constants()
-        outputs = self.view.kept[-1][self.output_axis]
-        assert outputs is not None
-        return mask & (value != 0) & ~self._kept() & self.needed_channels(outputs), value
+        leaving = mask & (value != 0) & ~self._kept() & self.needed_channels(self._kept_outputs())
+        return np.asarray(leaving), value
 
     def retain(self) -> list[Keep]:
         """Channels whose constant cannot be folded anywhere."""
         mask, _ = self.constants()
         wanted = self.needed_channels(self.live_outputs()) & ~mask
+        wanted |= self._varying() & ~mask & self.needed_channels(self._kept_outputs())
         keeps = [Keep(self.slot, self.axis, wanted, "its value is constant but not the same at every position")]
         if not self.editable:
             leaving, _ = self._leaving()
             keeps.append(Keep(self.slot, self.axis, leaving, "its constant cannot be folded: the weights are computed"))
         return keeps
+
+    def _varying(self) -> BoolArray:
+        """Channels with a known element other than zero."""
+        operand = self.view.data(self.slot)
+        found = operand.known.nonzero()
+        rest = tuple(a for a in range(found.ndim) if a != self.axis)
+        return np.array(np.broadcast_to(any_along(found, rest), (self._channels(),)))
+
+    def _kept_outputs(self) -> BoolArray:
+        outputs = self.view.kept[-1][self.output_axis]
+        assert outputs is not None
+        return outputs
 
     def represent(self) -> list[Keep]:
         """One constant channel per group that the others can be folded in, where a bias cannot stand for them."""

@@ -54,7 +54,7 @@ def _neutral(value: float, slots: tuple[int, ...]) -> object:
     def rewrite(view: View) -> Rewrite:
         for slot in slots:
             operand, other = view.data(slot), view.data(1 - slot)
-            if operand.constant is None and not operand.known.everything:
+            if 1 - slot in view.frozen or (operand.constant is None and slot not in view.frozen):
                 continue
             if _same_shape(other, view.output()) and bool(np.all(_kept_values(view, slot) == value)):
                 return Rewrite(bypass=1 - slot)

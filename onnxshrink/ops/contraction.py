@@ -331,7 +331,7 @@ def _gemm_rewrite(view: View) -> Rewrite:
     rows = view.kept[-1][0]
     if offset.ndim == 2 and rows is not None and offset.shape[0] == rows.size:
         offset = offset.compress(rows, axis=0)
-    attributes = {} if beta != 0 else {"beta": 1.0}
+    attributes = {} if bias is not None and beta != 0 else {"beta": 1.0}
     return Rewrite(constants={2: offset.astype(view.output().dtype)}, attributes=attributes)
 
 

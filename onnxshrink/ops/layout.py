@@ -239,6 +239,13 @@ def _reversed(positions: Array) -> bool:
     return len(positions) > 1 and bool(positions[0] > positions[-1])
 
 
+def _backwards(view: View, axis: int) -> bool:
+    """Whether an axis is sliced with a negative step."""
+    steps = None if view.version < 10 else view.ints(4)
+    axes = view.ints(3, "axes" if view.version < 10 else None) or list(range(view.data().rank))
+    return steps is not None and any(s < 0 for a, s in zip(axes, steps, strict=False) if a % view.data().rank == axis)
+
+
 def _slice(view: View) -> Relation:
     data, output = view.data(), view.output()
     positions = slice_positions(view)
@@ -308,7 +315,7 @@ def _bounds(view: View, axis: int, taken: Array) -> tuple[int, int]:
     position = np.cumsum(kept) - 1
     stay = taken[kept[taken]]
     first, last = int(position[stay[0]]), int(position[stay[-1]])
-    if first > last:
+    if _backwards(view, axis):
         return first, last - 1 if last > 0 else -(2**31)
     return first, last + 1
 
