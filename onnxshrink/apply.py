@@ -27,7 +27,7 @@ def apply(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
         if node.index in plan.settled:
             for index, value in enumerate(plan.settled[node.index]):
                 kept = taken(value, plan.kept[node.outputs[index]])
-                editor.settle(editor.find(node), index, np.ascontiguousarray(kept))
+                editor.settle(editor.find(node), index, np.asarray(kept, order="C"))
         elif any(name in plan.present for name in node.outputs):
             _Site(analysis, plan, editor, node).rewrite()
     return editor.export({name: _extents(kept) for name, kept in plan.kept.items()})
@@ -95,7 +95,7 @@ class _Site:
             if slot in replaced or operand is None or slot >= len(self.node.inputs):
                 continue
             if slot in frozen:
-                value = np.ascontiguousarray(taken(frozen[slot], kept))
+                value = np.asarray(taken(frozen[slot], kept), order="C")
                 self._connect(slot, operand, partial(same, value), None)
             elif any(mask is not None and not mask.all() for mask in kept):
                 key = (operand.name, tuple(None if m is None else m.tobytes() for m in kept))

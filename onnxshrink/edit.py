@@ -327,7 +327,7 @@ class Editor:
         for name, array in self._arrays.items():
             if name in read:
                 target = model.graph.initializer.add()
-                target.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array()), renamed.get(name, name)))
+                target.CopyFrom(onnx.numpy_helper.from_array(np.asarray(array(), order="C"), renamed.get(name, name)))
 
     def _append_weight(self, model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
         target = model.graph.initializer.add()

@@ -73,18 +73,20 @@ class Plan:
 def make_plan(analysis: Analysis) -> Plan:
     """The smallest sets that agree with every node of the graph."""
     idle: set[str] = set()
+    apart: set[int] = set()
     while True:
-        planner = _Planner(analysis, idle)
+        planner = _Planner(analysis, idle, apart)
         planner.start()
         planner.grow()
         planner.choose_blocks()
         planner.grow()
         while planner.settle():
             planner.grow()
-        careless, found = planner.careless(), planner.idle()
-        if not careless and not found:
+        careless, found, misjoined = planner.careless(), planner.idle(), planner.misjoined()
+        if not careless and not found and not misjoined:
             return planner.finish()
         idle |= found
+        apart |= misjoined
         if careless:
             analysis.throughout.update(careless)
             find_needed(analysis)
@@ -93,9 +95,10 @@ def make_plan(analysis: Analysis) -> Plan:
 class _Planner:
     """The growing sets."""
 
-    def __init__(self, analysis: Analysis, idle: set[str]) -> None:
+    def __init__(self, analysis: Analysis, idle: set[str], apart: set[int]) -> None:
         self.analysis = analysis
         self._idle = idle
+        self._apart = apart
         self.nodes = analysis.nodes()
         self.kept: dict[str, Kept] = {}
         self.cause: dict[str, list[Array | None]] = {}
@@ -358,7 +361,7 @@ class _Planner:
             (factor,) = relation.ragged
             groups = relation.sizes[factor] or 1
             grids = [grid.sum(axis=1) for _, _, grid in self._grids(node, relation, factor, groups)]
-            divisors = [d for d in range(groups, 0, -1) if groups % d == 0]
+            divisors = [d for d in range(groups, 0, -1) if groups % d == 0 and (d == groups or node.index not in self._apart)]
             self.blocks[node.index] = min(divisors, key=lambda blocks: _block_cost(grids, blocks))
             self._enqueue(node)
 
@@ -510,6 +513,21 @@ class _Planner:
         wanted = _product(factors, {f: unions.get(f, np.ones(relation.sizes[f] or 1, np.bool_)) for f in factors})
         assert wanted is not None
         return wanted
+
+    def misjoined(self) -> set[int]:
+        """Nodes whose groups were joined, and would now be smaller apart: more is kept than when that was decided."""
+        found = set()
+        for node in self.nodes:
+            relation = self.analysis.relations[node.index]
+            if node.index not in self.blocks or not self.working(node):
+                continue
+            (factor,) = relation.ragged
+            groups = relation.sizes[factor] or 1
+            grids = [grid.sum(axis=1) for _, _, grid in self._grids(node, relation, factor, groups)]
+            blocks = self.blocks[node.index]
+            if blocks < groups and _block_cost(grids, groups) <= _block_cost(grids, blocks):
+                found.add(node.index)
+        return found
 
     def idle(self) -> set[str]:
         """Computed tensors of which only known elements are kept: they may be constants as well, in a plan made anew."""

@@ -90,12 +90,16 @@ class Product:
     def forward(self, scale: float = 1.0) -> Known | None:
         """What is known of the product."""
         mask = ~self.unknown_output()
+        if self._contracted() is None:
+            # Constants times constants would add up over an axis of unknown extent.
+            (ua, za), (ub, zb) = self.masks(0), self.masks(1)
+            mask = mask & ~bool_product(za & ~ua, zb & ~ub)
         if not mask.any():
             return None
         output = self.view.output()
         dtype = output.dtype or np.dtype(np.float32)
         value = np.zeros((1,) * mask.ndim)
-        if self._both_nonzero().any():
+        if self._contracted() is not None and self._both_nonzero().any():
             value = self._value() * scale
         return partial(mask, np.where(mask, value, 0).astype(dtype))
 
@@ -116,7 +120,7 @@ class Product:
             array = self._matrix(side, known.value)
             mask = self._matrix(side, known.mask)
             array = np.broadcast_to(array, np.broadcast_shapes(array.shape, mask.shape))
-            count = self._contracted()
+            count = self._contracted() or 1
             array = along(array, array.ndim + axis, count)
             mask = along(mask, mask.ndim + axis, count)
             chosen = np.flatnonzero(along(both, 0, count))
@@ -125,25 +129,23 @@ class Product:
         result: Array = parts[0] @ parts[1]
         return result
 
-    def _contracted(self) -> int:
+    def _contracted(self) -> int | None:
         left = self.operands[0]
         extent = left.extent(left.rank - 2 if self.transposed[0] else left.rank - 1)
         right = self.operands[1]
         other = right.extent(right.rank - 1 if self.transposed[1] else right.rank - 2)
-        return extent or other or 1
+        return extent or other
 
     def backward(self) -> tuple[BoolArray, BoolArray]:
         """Needed elements of both sides."""
         live = self.view.live()
         (_, za), (_, zb) = self.masks(0), self.masks(1)
         left = bool_product(live, zb.swapaxes(-1, -2))
-        right = everything(2)
-        if self.operands[1].constant is None:
-            right = bool_product(za.swapaxes(-1, -2), live)
-        return (
-            reduce_to(self._matrix(0, left), self.operands[0]),
-            reduce_to(self._matrix(1, right), self.operands[1]),
-        )
+        needed = reduce_to(self._matrix(0, left), self.operands[0])
+        if self.operands[1].constant is not None:
+            return needed, everything(self.operands[1].rank)
+        right = bool_product(za.swapaxes(-1, -2), live)
+        return needed, reduce_to(self._matrix(1, right), self.operands[1])
 
     def retain(self) -> list[Keep]:
         """Contracted indices at which two known values multiply to something other than zero."""

@@ -109,7 +109,7 @@ def _additive_retain(view: View) -> list[Keep]:
     keeps = []
     for axis in axes:
         mask, value = _contribution(view, axis)
-        if len(axes) > 1:
+        if len(axes) > 1 or (len(axes_of(view) or ()) > 1 and view.node.op != "ReduceMean"):
             mask = mask & (value == 0)
         keeps.append(Keep(0, axis, ~mask, "the sum reads it"))
     return keeps
