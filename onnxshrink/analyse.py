@@ -9,16 +9,18 @@ from functools import partial
 
 import numpy as np
 
-from onnxshrink.facts import Known, compress, everything
+from onnxshrink.facts import Known, along, compress, everything
 from onnxshrink.families import needed_by_relation, whole
-from onnxshrink.graph import Graph, Node
+from onnxshrink.graph import Graph, Node, Shape
 from onnxshrink.notation import Relation, UnresolvedError, opaque
 from onnxshrink.registry import Rule, find
 from onnxshrink.view import Operand, View
-from onnxshrink.weights import BoolArray, Constant, same
+from onnxshrink.weights import Array, BoolArray, Constant, same
 
 # A node with constant inputs counts as a constant itself unless that would be larger than its inputs and this.
 _DERIVED_BYTES = 1 << 14
+_LEARNED_ELEMENTS = 256
+_REFINEMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Analysis:
         relations: per node index, how its axes hang together.
         refusals: nodes kept whole for want of a rule, with the reason.
         derived: names of constants that are computed from constants.
+        shapes: shapes that are better known than by inference.
         throughout: indices of nodes with a partial function whose inputs are needed everywhere.
         readers: how many inputs read each tensor.
     """
@@ -56,14 +59,23 @@ class Analysis:
     derived: set[str] = field(default_factory=set)
     readers: Counter[str] = field(default_factory=Counter)
     throughout: set[int] = field(default_factory=set)
+    shapes: dict[str, Shape] = field(default_factory=dict)
 
     def nodes(self) -> list[Node]:
         """The nodes that compute something that is not constant."""
         return [node for node in self.graph.nodes if not all(n in self.constants for n in node.outputs if n)]
 
+    def shape(self, name: str) -> Shape | None:
+        """Extents of a tensor, as far as they are known."""
+        constant = self.constants.get(name)
+        if constant is not None:
+            return constant.shape
+        found = self.shapes.get(name)
+        return found if found is not None else self.graph.shape(name)
+
     def rank(self, name: str) -> int:
         """Number of axes of a tensor; 0 when unknown."""
-        return len(self.graph.shape(name) or ())
+        return len(self.shape(name) or ())
 
     def live(self, name: str) -> BoolArray:
         """Elements that are needed and not known."""
@@ -75,30 +87,77 @@ class Analysis:
 
     def view(self, node: Node, relation: Relation | None = None) -> View:
         """The node as its rule sees it."""
-        inputs = tuple(self._operand(name) for name in node.inputs)
-        outputs = tuple(self._operand(name) for name in node.outputs)
+        inputs = tuple(self.operand(name) if name else None for name in node.inputs)
+        outputs = tuple(self.operand(name) if name else None for name in node.outputs)
         needed = tuple(self.needed.get(name) for name in node.outputs)
         opsets = tuple(self.graph.opsets.items())
         relation = relation or self.relations.get(node.index)
         return View(node, inputs, outputs, opsets, relation, needed, throughout=node.index in self.throughout)
 
-    def _operand(self, name: str) -> Operand | None:
-        if not name:
-            return None
+    def operand(self, name: str) -> Operand:
+        """A tensor as rules see it."""
         weights = self.constants.get(name)
         if weights is not None:
             return Operand(name, weights.shape, weights.dtype, constant=weights)
-        return Operand(name, self.graph.shape(name), self.graph.dtype(name), self.known.get(name))
+        return Operand(name, self.shape(name), self.graph.dtype(name), self.known.get(name))
 
 
 def analyse(graph: Graph) -> Analysis:
     """Facts of every tensor of `graph`."""
+    analysis = _forward_pass(graph)
+    for _ in range(_REFINEMENTS):
+        values, shapes = learned(analysis)
+        if not graph.refine(values, shapes):
+            break
+        # Shapes that follow from values found on the way make more of the rules apply.
+        analysis = _forward_pass(graph)
+    find_needed(analysis)
+    return analysis
+
+
+def _forward_pass(graph: Graph) -> Analysis:
     readers = Counter(name for node in graph.nodes for name in node.inputs)
     analysis = Analysis(graph, constants=dict(graph.constants), readers=readers)
     for node in graph.nodes:
         _forward(analysis, node)
-    find_needed(analysis)
     return analysis
+
+
+def learned(analysis: Analysis) -> tuple[dict[str, Array], dict[str, Shape]]:
+    """Integer tensors that turned out to be constant, and shapes that follow from partly known targets."""
+    values: dict[str, Array] = {}
+    for node in analysis.graph.nodes:
+        for name in node.outputs:
+            found = _small_integers(analysis, name) if name else None
+            if found is not None:
+                values[name] = found
+    return values, dict(analysis.shapes)
+
+
+def _small_integers(analysis: Analysis, name: str) -> Array | None:
+    constant, known = analysis.constants.get(name), analysis.known.get(name)
+    if constant is not None:
+        array: Array | None = constant.array() if constant.size <= _LEARNED_ELEMENTS else None
+    else:
+        array = analysis.operand(name).value() if known is not None and known.everything else None
+    if array is None or array.size > _LEARNED_ELEMENTS or array.dtype.kind not in "iub":
+        return None
+    return array
+
+
+def _target_shape(view: View, slot: int) -> Shape | None:
+    """The shape of the output where the target at an input tells more of it than inference did."""
+    target, output = view.input(slot), view.output()
+    if target is None or target.rank != 1 or target.extent(0) is None:
+        return None
+    count = target.extent(0) or 0
+    mask, value = along(target.known.mask, 0, count), along(target.known.value, 0, count)
+    before = output.shape if output.shape is not None else (None,) * count
+    if len(before) != count:
+        return None
+    given = [int(v) if m and v > 1 else None for m, v in zip(mask, value, strict=True)]
+    found = tuple(d if isinstance(d, int) else g if g is not None else d for d, g in zip(before, given, strict=True))
+    return found if found != output.shape else None
 
 
 def find_needed(analysis: Analysis) -> None:
@@ -113,13 +172,18 @@ def find_needed(analysis: Analysis) -> None:
 def _forward(analysis: Analysis, node: Node) -> None:
     view = analysis.view(node)
     rule = find(node.op, node.domain, node.version)
+    if rule is not None and rule.refusal is None and _derive(analysis, view):
+        analysis.rules[node.index] = rule
+        analysis.relations[node.index] = opaque(view.shapes(view.inputs), view.shapes(view.outputs))
+        return
+    if rule is not None and rule.target is not None and (shape := _target_shape(view, rule.target)) is not None:
+        analysis.shapes[node.outputs[0]] = shape
+        view = analysis.view(node)
     rule, relation, reason = _relate(view, rule)
     analysis.rules[node.index] = rule
     analysis.relations[node.index] = relation
     if rule is None:
         analysis.refusals.append(Refusal(node.label, node.op, reason))
-        return
-    if _derive(analysis, view):
         return
     view = analysis.view(node, relation)
     facts: Sequence[Known | None] = rule.forward(view) if rule.forward else whole(view)
@@ -154,6 +218,8 @@ def _derive(analysis: Analysis, view: View) -> bool:
         if operand is None:
             continue
         shape = operand.static_shape()
+        if operand.shape is None and _cannot_explode(inputs):
+            continue
         if shape is None or operand.dtype is None:
             return False
         sizes.append(int(np.prod(shape, dtype=np.int64)) * operand.dtype.itemsize)
@@ -163,6 +229,15 @@ def _derive(analysis: Analysis, view: View) -> bool:
     if any(c.nbytes > _DERIVED_BYTES and _stored_twice(analysis, c, sum(sizes)) for c in given):
         return False
     return _evaluate_constants(analysis, view)
+
+
+def _cannot_explode(inputs: list[Operand]) -> bool:
+    """Whether a result of unknown shape is small: no shape that could be asked for has many elements."""
+    values = [operand.value() for operand in inputs if operand.constant is not None and operand.constant.size <= 64]
+    if len(values) < len(inputs):
+        return False
+    extents = [np.abs(value[value != 0].astype(np.float64)) for value in values if value is not None]
+    return bool(np.prod(np.concatenate([np.ones(1), *[e.reshape(-1) for e in extents]])) <= _DERIVED_BYTES)
 
 
 def _stored_twice(analysis: Analysis, weights: Constant, nbytes: int) -> bool:
@@ -201,4 +276,4 @@ def _backward(analysis: Analysis, node: Node) -> None:
 
 
 def _is_live(analysis: Analysis, name: str) -> bool:
-    return analysis.graph.shape(name) is None or bool(analysis.live(name).any())
+    return analysis.shape(name) is None or bool(analysis.live(name).any())

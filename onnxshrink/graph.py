@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 
 from onnxshrink.errors import InputError
 from onnxshrink.flatten import FlatNode, flatten
-from onnxshrink.shapes import infer
-from onnxshrink.weights import Constant, external_file, read_tensor, tensor_dtype
+from onnxshrink.shapes import infer, with_knowledge
+from onnxshrink.weights import Array, Constant, external_file, read_tensor, tensor_dtype
 
 Dim = int | str | None
 Shape = tuple[Dim, ...]
@@ -171,6 +172,16 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def _is_open(shape: Shape | None) -> bool:
+    return shape is None or not all(isinstance(extent, int) for extent in shape)
+
+
+def _tells_more(shape: Shape | None, before: Shape | None) -> bool:
+    if shape is None or before is None:
+        return shape is not None
+    return any(isinstance(a, int) and not isinstance(b, int) for a, b in zip(shape, before, strict=False))
+
+
 def _type_of(value: onnx.ValueInfoProto) -> tuple[Shape | None, int]:
     tensor = value.type.tensor_type
     if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
@@ -244,8 +255,20 @@ class Graph:
             nodes.append(Node(len(nodes), flat, version))
         return nodes
 
-    def _infer_types(self) -> dict[str, tuple[Shape | None, int]]:
-        graph = infer(self.skeleton)
+    def refine(self, values: Mapping[str, Array], shapes: Mapping[str, Shape]) -> bool:
+        """Infer shapes again with integer tensors that are constant after all, and shapes. True if that told more."""
+        if not any(_is_open(shape) for shape, _ in self._types.values()):
+            return False
+        found = self._infer_types(values, shapes)
+        better = {n: t for n, t in found.items() if t[1] and _tells_more(t[0], self._types.get(n, (None, 0))[0])}
+        self._types.update(better)
+        return bool(better)
+
+    def _infer_types(
+        self, values: Mapping[str, Array] = MappingProxyType({}), shapes: Mapping[str, Shape] = MappingProxyType({})
+    ) -> dict[str, tuple[Shape | None, int]]:
+        typed = {name: (shape, self.element_type(name)) for name, shape in shapes.items()}
+        graph = infer(with_knowledge(self.skeleton, values, typed) if values or shapes else self.skeleton)
         types = {v.name: _type_of(v) for v in (*graph.value_info, *graph.input, *graph.output)}
         if self.flat.names:
             found: dict[int, dict[str, tuple[Shape | None, int]]] = {}

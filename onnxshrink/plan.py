@@ -140,7 +140,7 @@ class _Planner:
     def _start_tensor(self, name: str) -> None:
         if name in self.kept:
             return
-        shape, live = self.analysis.graph.shape(name), self.analysis.live(name)
+        shape, live = self.analysis.shape(name), self.analysis.live(name)
         kept: Kept = []
         for axis, extent in enumerate(shape or ()):
             kept.append(project(live, axis, extent) if isinstance(extent, int) else None)

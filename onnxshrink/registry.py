@@ -73,6 +73,7 @@ class Rule:
         fold: constants other than zero that leave.
         rewrite: what changes besides slicing.
         absorbs: inputs whose known elements the operator takes as a compressed constant of any broadcastable shape.
+        target: input that holds the output's shape.
         partial: whether the function has no finite value everywhere (see `families.partial_in`).
         shape_only: whether inputs without axes in the relation are read for their extents alone, not their elements.
         refusal: why the operator is kept whole.
@@ -90,6 +91,7 @@ class Rule:
     fold: FoldFunction | None = None
     rewrite: RewriteFunction | None = None
     absorbs: bool = False
+    target: int | None = None
     partial: bool = False
     shape_only: bool = False
     refusal: str | None = None

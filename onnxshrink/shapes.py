@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +30,34 @@ def infer(skeleton: onnx.ModelProto) -> onnx.GraphProto:
             return inferred.graph
         skeleton = inferred
     return skeleton.graph
+
+
+def with_knowledge(
+    skeleton: onnx.ModelProto,
+    values: Mapping[str, np.ndarray[Any, Any]],
+    shapes: Mapping[str, tuple[tuple[int | str | None, ...], int]],
+) -> onnx.ModelProto:
+    """A copy in which some tensors of the main graph are initializers, and some have an extent and type that are known."""
+    model = onnx.ModelProto()
+    model.CopyFrom(skeleton)
+    graph = model.graph
+    nodes = [node for node in graph.node if not all(name in values for name in node.output if name)]
+    made = {name for node in nodes for name in node.output} | {tensor.name for tensor in graph.initializer}
+    interface = {value.name for value in (*graph.input, *graph.output)}
+    gone = {name for node in graph.node for name in node.output} - made - interface
+    keep = [node for node in graph.node if not node.output or not gone.issuperset(name for name in node.output if name)]
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in keep]
+    del graph.node[:]
+    graph.node.extend(copies)
+    for name in sorted(gone):
+        graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values[name], order="C"), name))
+    known = {value.name: value for value in graph.value_info}
+    for name, (shape, kind) in shapes.items():
+        if name not in interface and name in made and kind:
+            value = known.get(name) or graph.value_info.add(name=name)
+            names = [extent if isinstance(extent, int) else None for extent in shape]
+            value.type.CopyFrom(onnx.helper.make_tensor_type_proto(kind, names))
+    return model
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[int | str | None] | None:

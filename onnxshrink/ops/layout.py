@@ -81,7 +81,7 @@ def shape_rewrite(slot: int) -> object:
 
 register(Rule("Identity", since=10_001, relate="*a -> *a"))
 register(Rule("Transpose", relate=_transpose, forward=layout))
-register(Rule("Reshape", since=5, relate=_reshape, forward=layout, rewrite=shape_rewrite(1)))  # type: ignore[arg-type]
+register(Rule("Reshape", since=5, target=1, relate=_reshape, forward=layout, rewrite=shape_rewrite(1)))  # type: ignore[arg-type]
 for _op in ("Flatten", "Squeeze", "Unsqueeze"):
     register(Rule(_op, relate=_same_elements, forward=layout))
 
@@ -473,4 +473,4 @@ def _expand_rewrite(view: View) -> Rewrite:
     return Rewrite(constants={1: np.where(mask & (value != 1), counts, value)})
 
 
-register(Rule("Expand", since=8, relate=_expand, forward=_expand_forward, rewrite=_expand_rewrite))
+register(Rule("Expand", since=8, target=1, relate=_expand, forward=_expand_forward, rewrite=_expand_rewrite))
