@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxshrink.facts import Known, along, compress, everything
 from onnxshrink.families import needed_by_relation, whole
-from onnxshrink.graph import Graph, Node, Shape
+from onnxshrink.graph import Graph, Node, Period, Shape
 from onnxshrink.notation import Relation, UnresolvedError, opaque
 from onnxshrink.registry import Rule, find
 from onnxshrink.view import Operand, View
@@ -131,7 +131,8 @@ def learned(analysis: Analysis) -> tuple[dict[str, Array], dict[str, Shape]]:
             found = _small_integers(analysis, name) if name else None
             if found is not None:
                 values[name] = found
-    return values, dict(analysis.shapes)
+    shapes = {name: tuple(None if isinstance(d, Period) else d for d in s) for name, s in analysis.shapes.items()}
+    return values, shapes
 
 
 def _small_integers(analysis: Analysis, name: str) -> Array | None:
@@ -180,6 +181,9 @@ def _forward(analysis: Analysis, node: Node) -> None:
         analysis.shapes[node.outputs[0]] = shape
         view = analysis.view(node)
     rule, relation, reason = _relate(view, rule)
+    if rule is not None and _spread_periods(analysis, view, relation):
+        view = analysis.view(node)
+        rule, relation, reason = _relate(view, rule)
     analysis.rules[node.index] = rule
     analysis.relations[node.index] = relation
     if rule is None:
@@ -190,6 +194,36 @@ def _forward(analysis: Analysis, node: Node) -> None:
     for name, fact in zip(node.outputs, facts, strict=True):
         if name and fact is not None and fact.anything:
             analysis.known[name] = fact
+
+
+def _spread_periods(analysis: Analysis, view: View, relation: Relation) -> bool:
+    """Note the periods of output axes of unknown extent: new ones, and those of the input axes that pass through."""
+    changed = False
+    for index, output in enumerate(view.outputs):
+        spec = relation.spec(-1 - index)
+        if output is None or output.shape is None or spec is None:
+            continue
+        shape = list(output.shape)
+        for axis, factors in enumerate(spec):
+            if isinstance(shape[axis], int):
+                continue
+            period = relation.periods.get(axis) if index == 0 else None
+            period = period or (_period_of(view, relation, factors[0]) if len(factors) == 1 else None)
+            if period is not None:
+                shape[axis] = Period(period)
+        if tuple(shape) != output.shape:
+            analysis.shapes[output.name] = tuple(shape)
+            changed = True
+    return changed
+
+
+def _period_of(view: View, relation: Relation, factor: str) -> int | None:
+    for slot, operand in enumerate(view.inputs):
+        for axis, factors in enumerate(relation.spec(slot) or ()):
+            period = operand.period(axis) if operand is not None else None
+            if factors == (factor,) and period is not None:
+                return period
+    return None
 
 
 def _relate(view: View, rule: Rule | None) -> tuple[Rule | None, Relation, str]:

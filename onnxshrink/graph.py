@@ -18,7 +18,18 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 from onnxshrink.errors import InputError
 from onnxshrink.flatten import FlatNode, flatten
 from onnxshrink.shapes import infer, with_knowledge
+from onnxshrink.stand_ins import checkable
 from onnxshrink.weights import Array, Constant, external_file, read_tensor, tensor_dtype
+
+
+
+class Period(int):
+    """The extent of an axis that is a free dimension times a fixed one: the fixed one, which indices count modulo.
+
+    A batch of N sentences with h heads each, merged in one axis of extent N * h, say. Notation treats it as an axis of
+    extent h; where the true extent matters, it is unknown.
+    """
+
 
 Dim = int | str | None
 Shape = tuple[Dim, ...]
@@ -161,7 +172,7 @@ def _check_storage(model: onnx.ModelProto, folder: Path | None) -> None:
 
 def _check_structure(skeleton: onnx.ModelProto) -> None:
     try:
-        onnx.checker.check_model(skeleton)
+        onnx.checker.check_model(checkable(skeleton))
     except onnx.checker.ValidationError as error:
         # Some operators were deprecated at the opset that brought them in; runtimes run them all the same.
         if "is deprecated" not in str(error):

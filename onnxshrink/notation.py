@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxshrink.errors import RuleError
-from onnxshrink.graph import Dim, Shape
+from onnxshrink.graph import Dim, Period, Shape
 from onnxshrink.weights import Array
 
 IndexArray = NDArray[np.int64]
@@ -77,6 +77,8 @@ class Relation:
         pinned: factors that stay whole.
         links: index maps by factor. A linked factor is the only one of its axis and has its own extent per operand,
             in `sizes` under "factor@slot".
+        periods: per axis of the first output, the period that follows where its extent is a free dimension times a
+            fixed one.
         ragged: outer factors of axes that need not keep a product: the blocks that stay keep equally many indices each.
     """
 
@@ -86,6 +88,7 @@ class Relation:
     pinned: frozenset[str] = frozenset()
     links: Mapping[str, tuple[Link, ...]] = field(default_factory=dict)
     ragged: frozenset[str] = frozenset()
+    periods: Mapping[int, int] = field(default_factory=dict)
 
     def spec(self, slot: int) -> TensorSpec | None:
         """The axes of an operand."""
@@ -240,6 +243,8 @@ def _bind_products(
         for factors, extent in zip(spec or (), shape or (), strict=True):
             if len(factors) < 2 or not isinstance(extent, int):
                 continue
+            if isinstance(extent, Period):
+                raise UnresolvedError("an axis that is a product has a free part")
             open_ones = [name for name in factors if known.get(name) is None]
             rest = int(np.prod([known[name] or 1 for name in factors if known.get(name) is not None], dtype=np.int64))
             if len(open_ones) == 1 and rest and extent % rest == 0:
@@ -276,6 +281,7 @@ class _Walk:
     specs: list[list[str]]
     position: int = 0
     rest: Dim = 1
+    done: set[int] = field(default_factory=set)
 
     def advance(self) -> bool:
         """Step over axes that are used up. False at the end."""
@@ -295,6 +301,8 @@ class _Walk:
 def _match(left: _Walk, right: _Walk, sizes: dict[str, int | None], prefix: str) -> None:
     while left.advance() and right.advance():
         a, b = left.rest, right.rest
+        if isinstance(a, Period) != isinstance(b, Period):
+            return
         if a == b and a is not None:
             step: Dim = a
         elif isinstance(a, int) and isinstance(b, int) and (a % b == 0 or b % a == 0):
@@ -327,9 +335,45 @@ def reshape(source: Shape, target: Shape) -> Relation:
         right.append(_Walk(rest[::-1], [[] for _ in rest]))
     _match(right[0], right[1], sizes, "r")
     pinned: set[str] = set()
+    free_product = _free_product(left, right, sizes)
     specs = [_join_walks(a, b, sizes, pinned, side) for a, b, side in zip(left, right, "io", strict=True)]
     free = {name for name, size in sizes.items() if size is None}
-    return Relation((specs[0],), (specs[1],), sizes, frozenset(pinned | free))
+    return Relation((specs[0],), (specs[1],), sizes, frozenset(pinned | free), periods=free_product)
+
+
+def _free_product(left: list[_Walk], right: list[_Walk], sizes: dict[str, int | None]) -> dict[int, int]:
+    """Where all that is left is one free dimension times fixed ones, merged in one axis: let the fixed ones pass.
+
+    The same backwards, from such an axis to its parts. Returns the period of the merged axis of the output.
+    """
+    rests = [_rests(a, b) for a, b in zip(left, right, strict=True)]
+    for merged in (1, 0):
+        whole, parts = rests[merged], rests[1 - merged]
+        if len(whole) != 1 or len(parts) < 2 or isinstance(parts[0][1], int):
+            continue
+        axis, extent = whole[0]
+        fixed = [size for _, size in parts[1:] if isinstance(size, int) and not isinstance(size, Period)]
+        period = int(np.prod(fixed, dtype=np.int64))
+        if period == 1 or len(fixed) < len(parts) - 1 or (merged == 0) != isinstance(extent, Period) or (merged == 0 and extent != period):
+            continue
+        if merged == 1 and isinstance(extent, int):
+            continue
+        for part, size in parts[1:]:
+            name = f"p{len(sizes)}"
+            sizes[name] = int(size) if isinstance(size, int) else None
+            left[merged].specs[axis].append(name)
+            left[1 - merged].specs[part].append(name)
+            left[1 - merged].done.add(part)
+        left[merged].done.add(axis)
+        return {axis: period} if merged == 1 else {}
+    return {}
+
+
+def _rests(left: _Walk, right: _Walk) -> list[tuple[int, Dim]]:
+    """Axes with something that was not matched, and how much."""
+    rank = len(left.shape)
+    found = [(axis, _remaining(right, rank - 1 - axis)) for axis in range(rank)]
+    return [(axis, rest) for axis, rest in found if rest != 1 and not left.specs[axis] and not right.specs[rank - 1 - axis]]
 
 
 def _join_walks(left: _Walk, right: _Walk, sizes: dict[str, int | None], pinned: set[str], side: str) -> TensorSpec:
@@ -339,7 +383,7 @@ def _join_walks(left: _Walk, right: _Walk, sizes: dict[str, int | None], pinned:
         mirrored = rank - 1 - axis
         outer, inner = left.specs[axis], right.specs[mirrored][::-1]
         remaining = _remaining(right, mirrored)
-        if remaining != 1:
+        if remaining != 1 and axis not in left.done:
             name = f"{side}{axis}"
             sizes[name] = remaining if isinstance(remaining, int) else None
             pinned.add(name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxshrink.evaluate import evaluate
 from onnxshrink.facts import Known, along, constant, everything, nothing
-from onnxshrink.graph import Node, Shape
+from onnxshrink.graph import Node, Period, Shape
 from onnxshrink.notation import Relation
 from onnxshrink.weights import Array, BoolArray, Constant
 
@@ -38,13 +38,18 @@ class Operand:
         return len(self.shape or ())
 
     def extent(self, axis: int) -> int | None:
-        """Extent of one axis, None when it is free."""
+        """Extent of one axis, None when it is free or has a free part."""
         size = self.shape[axis] if self.shape is not None else None
-        return size if isinstance(size, int) else None
+        return size if isinstance(size, int) and not isinstance(size, Period) else None
+
+    def period(self, axis: int) -> int | None:
+        """Fixed part of an extent that also has a free part, None for any other."""
+        size = self.shape[axis] if self.shape is not None else None
+        return int(size) if isinstance(size, Period) else None
 
     def static_shape(self) -> tuple[int, ...] | None:
         """The shape, when every extent is known."""
-        found = tuple(extent for extent in self.shape or () if isinstance(extent, int))
+        found = tuple(extent for axis in range(self.rank) if (extent := self.extent(axis)) is not None)
         return found if self.shape is not None and len(found) == len(self.shape) else None
 
     def value(self) -> Array | None:

@@ -154,9 +154,9 @@ class Product:
         for side in (0, 1):
             operand, slot = self.operands[side], self.slots[side]
             inner = operand.rank - 1 if (side == 0) != self.transposed[side] else operand.rank - 2
-            extent = operand.extent(inner)
-            if operand.constant is None and extent is not None and slot in self.view.kept:
-                wanted = along(both, 0, extent).copy()
+            kept = self.view.kept[slot][inner] if slot in self.view.kept else None
+            if operand.constant is None and kept is not None:
+                wanted = along(both, 0, kept.size).copy()
                 keeps.append(Keep(slot, inner, wanted, "its constant is multiplied by another constant"))
         return keeps
 

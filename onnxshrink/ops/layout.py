@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def _shape(operand: Operand) -> Shape:
 def _with_other_inputs(view: View, relation: Relation) -> Relation:
     """The relation of the first input and the output; the other inputs are read whole."""
     inputs = (*relation.inputs, *[None] * (len(view.inputs) - len(relation.inputs)))
-    return Relation(inputs, relation.outputs, relation.sizes, relation.pinned, relation.links)
+    return replace(relation, inputs=inputs)
 
 
 # --- Transpose and the reshaping family -------------------------------------------------------------------------
@@ -43,8 +44,17 @@ def _reshape(view: View) -> Relation:
     given = view.input(1)
     if given is not None and given.shape is not None:
         _complete(target, given.known)
-    source = _shape(view.data())
-    return _with_other_inputs(view, reshape(source, tuple(target)))
+    relation = reshape(_shape(view.data()), tuple(target))
+    if relation.periods and given is not None and _infers_other(given.known, set(relation.periods)):
+        # Only one extent can be left to the runtime.
+        relation = replace(relation, periods={}).pin(*relation.sizes)
+    return _with_other_inputs(view, relation)
+
+
+def _infers_other(known: Known, axes: set[int]) -> bool:
+    """Whether the target leaves the extent of another axis to the runtime."""
+    value = np.where(known.mask, known.value, 0)
+    return any(axis not in axes for axis in np.flatnonzero(np.broadcast_to(value, known.value.shape) == -1))
 
 
 def _complete(target: list[int | str | None], known: Known) -> None:
@@ -71,6 +81,10 @@ def shape_rewrite(slot: int) -> object:
             return Rewrite()
         mask = np.array([output.extent(axis) is not None for axis in range(output.rank)], np.bool_)
         counts = np.array([view.kept_count(-1, axis) or 0 for axis in range(output.rank)], np.int64)
+        for axis in range(output.rank):
+            if output.period(axis) is not None and view.shrinks(-1, axis):
+                # A free dimension times fewer: the runtime works it out.
+                mask[axis], counts[axis] = True, -1
         value = target.value()
         if value is None:
             return Rewrite(partly={slot: (mask, counts)})

@@ -134,12 +134,12 @@ def only_zeros_leave(slot: int, axis: int) -> Callable[[View], list[Keep]]:
 
     def retain(view: View) -> list[Keep]:
         data = view.data(slot)
-        extent = data.extent(axis % data.rank)
-        if extent is None:
+        kept = view.kept[slot][axis % data.rank]
+        if kept is None:
             return []
         zero = data.zero()
         rest = tuple(a for a in range(zero.ndim) if a != axis % data.rank)
-        wanted = np.array(np.broadcast_to(~zero.all(axis=rest), (extent,)))
+        wanted = np.array(np.broadcast_to(~zero.all(axis=rest), (kept.size,)))
         return [Keep(slot, axis % data.rank, wanted, "the norm's divisor reads it")]
 
     return retain

@@ -6,7 +6,7 @@ import numpy as np
 
 from onnxshrink.facts import Known, partial
 from onnxshrink.notation import Relation, UnresolvedError
-from onnxshrink.registry import Rewrite, Rule, register
+from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import View
 from onnxshrink.weights import Array, BoolArray
 
@@ -38,6 +38,13 @@ def _nothing_needed(view: View) -> list[BoolArray | None]:
     return [None] * len(view.inputs)
 
 
+def _shape_retain(view: View) -> list[Keep]:
+    """An extent with a free part that shrinks could not be told any more."""
+    axes = [axis for axis in range(*_shape_range(view)) if view.data().period(axis) is not None]
+    reason = "its extent, which has a free part, is read"
+    return [Keep(0, axis, np.ones(view.data().period(axis) or 0, np.bool_), reason) for axis in axes]
+
+
 def _shape_rewrite(view: View) -> Rewrite:
     """Whoever reads an extent gets the original one; operators that take it as a target are told the new one."""
     start, end = _shape_range(view)
@@ -53,13 +60,14 @@ register(
         shape_only=True,
         forward=_shape_forward,
         backward=_nothing_needed,
+        retain=_shape_retain,
         rewrite=_shape_rewrite,
     )
 )
 
 
 def _size_relation(view: View) -> Relation:
-    if any(not isinstance(extent, int) for extent in view.data().shape or ()):
+    if view.data().static_shape() is None:
         raise UnresolvedError("the number of elements of a tensor with free dimensions")
     return Relation((None,), ((),), {})
 
