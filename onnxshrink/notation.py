@@ -354,9 +354,8 @@ def _free_product(left: list[_Walk], right: list[_Walk], sizes: dict[str, int | 
         axis, extent = whole[0]
         fixed = [size for _, size in parts[1:] if isinstance(size, int) and not isinstance(size, Period)]
         period = int(np.prod(fixed, dtype=np.int64))
-        if period == 1 or len(fixed) < len(parts) - 1 or (merged == 0) != isinstance(extent, Period) or (merged == 0 and extent != period):
-            continue
-        if merged == 1 and isinstance(extent, int):
+        known = isinstance(extent, Period) and extent == period
+        if period == 1 or len(fixed) < len(parts) - 1 or not (known or (merged == 1 and not isinstance(extent, int))):
             continue
         for part, size in parts[1:]:
             name = f"p{len(sizes)}"

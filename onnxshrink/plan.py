@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnxshrink.analyse import Analysis, find_needed
-from onnxshrink.facts import everything, project
+from onnxshrink.facts import Known, everything, project
 from onnxshrink.graph import Node
 from onnxshrink.notation import AxisSpec, Relation
 from onnxshrink.registry import Keep
@@ -72,20 +72,18 @@ class Plan:
 
 def make_plan(analysis: Analysis) -> Plan:
     """The smallest sets that agree with every node of the graph."""
-    idle: set[str] = set()
     apart: set[int] = set()
     while True:
-        planner = _Planner(analysis, idle, apart)
+        planner = _Planner(analysis, apart)
         planner.start()
         planner.grow()
         planner.choose_blocks()
         planner.grow()
         while planner.settle():
             planner.grow()
-        careless, found, misjoined = planner.careless(), planner.idle(), planner.misjoined()
-        if not careless and not found and not misjoined:
+        careless, misjoined = planner.careless(), planner.misjoined()
+        if not careless and not misjoined:
             return planner.finish()
-        idle |= found
         apart |= misjoined
         if careless:
             analysis.throughout.update(careless)
@@ -95,9 +93,8 @@ def make_plan(analysis: Analysis) -> Plan:
 class _Planner:
     """The growing sets."""
 
-    def __init__(self, analysis: Analysis, idle: set[str], apart: set[int]) -> None:
+    def __init__(self, analysis: Analysis, apart: set[int]) -> None:
         self.analysis = analysis
-        self._idle = idle
         self._apart = apart
         self.nodes = analysis.nodes()
         self.kept: dict[str, Kept] = {}
@@ -109,6 +106,7 @@ class _Planner:
         self.queue: deque[Node] = deque()
         self.queued: set[int] = set()
         self._views: dict[int, View] = {}
+        self._choosing = False
         self.settled: dict[int, list[Array]] = {}
         self.blocks: dict[int, int] = {}
         self.shared = _shared_constants(analysis, self.nodes)
@@ -129,7 +127,7 @@ class _Planner:
             if name in self.kept:
                 self._keep_all(name)
         for node in self.nodes:
-            values = _settled(self.analysis, node, self._idle)
+            values = _settled(self.analysis, node)
             if values is not None:
                 self.settled[node.index] = values
             self.frozen[node.index] = self._freeze(node)
@@ -169,10 +167,6 @@ class _Planner:
                     axes = self.free.setdefault(node.outputs[-1 - output], {})
                     axes[_axis_of(relation, output, factor)] = unfilled
 
-    def _is_known(self, operand: Operand) -> bool:
-        """Whether every element that may be kept is known."""
-        return operand.known.everything or operand.name in self._idle
-
     def _freeze(self, node: Node) -> dict[int, Array]:
         """Computed inputs that this node can take as a constant instead."""
         rule = self.analysis.rules[node.index]
@@ -182,11 +176,11 @@ class _Planner:
         output = view.output()
         frozen: dict[int, Array] = {}
         for slot, operand in enumerate(view.inputs):
-            if operand is None or operand.constant is not None or not self._is_known(operand):
+            if operand is None or operand.constant is not None or self.analysis.live(operand.name).any():
                 continue
             others = [o for s, o in enumerate(view.inputs) if s != slot and s not in frozen and o is not None]
             if _covers(output, others, operand):
-                frozen[slot] = operand.known.value
+                frozen[slot] = stand_in(operand.known)
         return frozen
 
     # --- growth -------------------------------------------------------------------------------------------------
@@ -354,16 +348,21 @@ class _Planner:
 
     def choose_blocks(self) -> None:
         """For every node with groups, the exact grouping that leaves the smallest weights, as things stand now."""
+        self._choosing = True
         for node in self.nodes:
-            relation = self.analysis.relations[node.index]
-            if not relation.ragged or not self.working(node):
-                continue
-            (factor,) = relation.ragged
-            groups = relation.sizes[factor] or 1
-            grids = [grid.sum(axis=1) for _, _, grid in self._grids(node, relation, factor, groups)]
-            divisors = [d for d in range(groups, 0, -1) if groups % d == 0 and (d == groups or node.index not in self._apart)]
-            self.blocks[node.index] = min(divisors, key=lambda blocks: _block_cost(grids, blocks))
-            self._enqueue(node)
+            if self.analysis.relations[node.index].ragged and self.working(node):
+                self._choose_blocks(node)
+                self._enqueue(node)
+
+    def _choose_blocks(self, node: Node) -> None:
+        relation = self.analysis.relations[node.index]
+        (factor,) = relation.ragged
+        groups = relation.sizes[factor] or 1
+        grids = [grid.sum(axis=1) for _, _, grid in self._grids(node, relation, factor, groups)]
+        divisors = [
+            d for d in range(groups, 0, -1) if groups % d == 0 and (d == groups or node.index not in self._apart)
+        ]
+        self.blocks[node.index] = min(divisors, key=lambda blocks: _block_cost(grids, blocks))
 
     def _grids(self, node: Node, relation: Relation, factor: str, blocks: int) -> list[tuple[str, int, BoolArray]]:
         """Every axis of groups: its tensor, its number, and what it keeps, one row per block."""
@@ -379,8 +378,10 @@ class _Planner:
     def _balance(self, node: Node, relation: Relation) -> None:
         """Ragged factors: the same blocks in every operand, and equally many indices in each block of an axis."""
         for factor in relation.ragged:
-            if node.index not in self.blocks:
+            if not self._choosing:
                 continue
+            if node.index not in self.blocks:
+                self._choose_blocks(node)
             grids = self._grids(node, relation, factor, self.blocks[node.index])
             used = np.any([grid.any(axis=1) for _, _, grid in grids], axis=0)
             for name, axis, grid in grids:
@@ -529,17 +530,6 @@ class _Planner:
                 found.add(node.index)
         return found
 
-    def idle(self) -> set[str]:
-        """Computed tensors of which only known elements are kept: they may be constants as well, in a plan made anew."""
-        found = set()
-        for name in self.present:
-            known = self.analysis.known.get(name)
-            if known is None or name in self._idle or known.everything or self.analysis.live(name).any():
-                continue
-            if all_within(self.kept[name], known.mask):
-                found.add(name)
-        return found
-
     def careless(self) -> set[int]:
         """Nodes with a partial function that keep elements which neither count nor are known: those could be anything.
 
@@ -607,12 +597,12 @@ def _agreed(uses: list[Kept]) -> list[BoolArray] | None:
     return union if size < sum(sizes.values()) else None
 
 
-def _settled(analysis: Analysis, node: Node, idle: set[str]) -> list[Array] | None:
-    """Values of a node all of whose outputs are known (as far as they are kept), where they are not larger than what they take the place of."""
+def _settled(analysis: Analysis, node: Node) -> list[Array] | None:
+    """Values of a node all of whose outputs are known wherever they are needed, where they are not larger than what they take the place of."""
     if analysis.rules[node.index] is None:
         return None
     view = analysis.view(node)
-    values = [_full(operand, operand.name in idle) if operand is not None else None for operand in view.outputs]
+    values = [_full(analysis, operand) if operand is not None else None for operand in view.outputs]
     found = [value for value in values if value is not None]
     if len(found) < len(values):
         return None
@@ -626,19 +616,16 @@ def _settled(analysis: Analysis, node: Node, idle: set[str]) -> list[Array] | No
     return found if size <= (_SETTLED_ELEMENTS if numbers else weights) else None
 
 
-def _full(operand: Operand, idle: bool) -> Array | None:
+def _full(analysis: Analysis, operand: Operand) -> Array | None:
     shape = operand.static_shape()
-    if shape is None or not (idle or operand.known.everything):
+    if shape is None or analysis.live(operand.name).any():
         return None
-    return np.broadcast_to(operand.known.value, shape)
+    return np.broadcast_to(stand_in(operand.known), shape)
 
 
-def all_within(kept: Kept, mask: BoolArray) -> bool:
-    """Whether a mask holds on the whole product of what is kept per axis."""
-    for axis, indices in enumerate(kept):
-        if indices is not None and mask.shape[axis] == indices.size:
-            mask = mask.compress(indices, axis=axis)
-    return bool(mask.all())
+def stand_in(known: Known) -> Array:
+    """Values that do where nothing is live: what is known, and zero where nothing is needed."""
+    return known.value if known.everything else np.where(known.mask, known.value, np.zeros((), known.value.dtype))
 
 
 def _block_cost(counts: list[Array], blocks: int) -> float:
