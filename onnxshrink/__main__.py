@@ -1,6 +1,6 @@
-import sys
+"""`python -m onnxshrink`."""
 
-from onnxshrink import shrink
+from onnxshrink.cli import run
 
-a=sys.argv
-shrink(a[2], output=a[a.index('-o')+1])
+if __name__ == "__main__":
+    run()

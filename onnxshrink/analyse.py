@@ -173,7 +173,7 @@ def find_needed(analysis: Analysis) -> None:
 def _forward(analysis: Analysis, node: Node) -> None:
     view = analysis.view(node)
     rule = find(node.op, node.domain, node.version)
-    if rule is not None and rule.refusal is None and _derive(analysis, view):
+    if rule is not None and rule.refusal is None and not rule.decodes and _derive(analysis, view):
         analysis.rules[node.index] = rule
         analysis.relations[node.index] = opaque(view.shapes(view.inputs), view.shapes(view.outputs))
         return

@@ -11,11 +11,12 @@ from typing import Any
 
 import onnx
 
+from onnxshrink.stand_ins import is_custom
+
 Dim = int | str | None
 Dims = tuple[Dim, ...]
-_DOMAIN = "com.microsoft"
-# onnxruntime's own operators that it also accepts in the default domain.
-_STRAYS = frozenset({"SimplifiedLayerNormalization"})
+# What onnx calls the extents that it cannot tell.
+_UNTOLD = "unk__"
 _RANK_TWO = 2
 
 
@@ -218,9 +219,9 @@ def fill(graph: onnx.GraphProto) -> bool:
     """
     declared = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
     declared.update({t.name: _value(t.name, t.data_type, tuple(t.dims)) for t in graph.initializer})
-    changed = False
+    told: set[str] = set()
     for proto in graph.node:
-        if not _is_custom(proto) or proto.op_type not in _FUNCTIONS:
+        if not is_custom(proto) or proto.op_type not in _FUNCTIONS:
             continue
         values = [declared.get(name) for name in proto.input]
         node = _Node(proto, tuple(None if value is None else dims_of(value) for value in values))
@@ -228,8 +229,10 @@ def fill(graph: onnx.GraphProto) -> bool:
         for index, (name, dims) in enumerate(zip(proto.output, found, strict=False)):
             if name and dims is not None and (name not in declared or dims_of(declared[name]) is None):
                 declared[name] = _declare(graph, _value(name, _element_type(proto, index, values), dims))
-                changed = True
-    return changed
+                told.add(name)
+    if told:
+        _forget(graph, told)
+    return bool(told)
 
 
 def _declare(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
@@ -242,8 +245,24 @@ def _declare(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> onnx.ValueIn
     return value
 
 
-def _is_custom(proto: onnx.NodeProto) -> bool:
-    return proto.domain == _DOMAIN or (proto.domain in ("", "ai.onnx") and proto.op_type in _STRAYS)
+def _forget(graph: onnx.GraphProto, names: set[str]) -> None:
+    """Take back symbols that inference made up behind these tensors, so that it can do better with what is told now."""
+    behind = set(names)
+    stale: set[str] = set()
+    for proto in graph.node:
+        if behind.isdisjoint(proto.input):
+            continue
+        behind.update(proto.output)
+        if proto.domain in ("", "ai.onnx") and not is_custom(proto):
+            stale.update(proto.output)
+    kept = [v for v in graph.value_info if v.name not in stale or not _has_untold(v)]
+    copies = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+    del graph.value_info[:]
+    graph.value_info.extend(copies)
+
+
+def _has_untold(value: onnx.ValueInfoProto) -> bool:
+    return any(isinstance(extent, str) and extent.startswith(_UNTOLD) for extent in dims_of(value) or ())
 
 
 def _element_type(proto: onnx.NodeProto, output: int, inputs: list[onnx.ValueInfoProto | None]) -> int:

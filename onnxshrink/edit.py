@@ -54,7 +54,7 @@ class Editor:
         self._arrays: dict[str, Read] = {}
         self._shared: dict[Any, gs.Tensor] = {}
         self._additions: list[tuple[gs.Node, Array]] = []
-        self._names = set(self._tensors)
+        self._names = set(self._tensors) | {node.name for node in self._wiring.nodes}
 
     # --- finding ------------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class Editor:
         return next(index for index, other in enumerate(self._wiring.nodes) if other is node)
 
     def _insert(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, position: int, near: gs.Node) -> gs.Node:
-        name = f"{near.name or near.op}_{op.lower()}"
+        name = self._name(f"{near.name or near.op}_{op.lower()}")
         node = gs.Node(op, name, inputs=inputs, outputs=[output])
         self._wiring.nodes.insert(position, node)
         self._edits[id(node)] = _Edit(onnx.NodeProto(op_type=op, name=name), self._edits[id(near)].scope)
@@ -236,7 +236,7 @@ class Editor:
         model.graph.node.extend(nodes)
         self._export_weights(model, read, renamed)
         self._export_inputs(model)
-        made = {tensor.name for node in self._wiring.nodes for tensor in node.outputs}
+        made = {tensor.name for node in self._wiring.nodes for tensor in node.outputs} & read
         copies = [v for v in self._graph.proto.graph.value_info if v.name in made]
         model.graph.value_info.extend(_resized(value, value.name, extents) for value in copies)
         return model

@@ -76,6 +76,7 @@ class Rule:
         target: input that holds the output's shape.
         partial: whether the function has no finite value everywhere (see `families.partial_in`).
         shape_only: whether inputs without axes in the relation are read for their extents alone, not their elements.
+        decodes: whether it makes numbers of stored ones: weights then stay as they are stored, and the node with them.
         refusal: why the operator is kept whole.
     """
 
@@ -94,6 +95,7 @@ class Rule:
     target: int | None = None
     partial: bool = False
     shape_only: bool = False
+    decodes: bool = False
     refusal: str | None = None
 
     def relation(self, view: View) -> Relation:

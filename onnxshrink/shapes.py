@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from onnxshrink.custom_shapes import fill
+from onnxshrink.stand_ins import stand_in
 
 _ROUNDS = 256
 _LIKE_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
@@ -17,6 +18,7 @@ _LIKE_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
 
 def infer(skeleton: onnx.ModelProto) -> onnx.GraphProto:
     """The graph with as many shapes as can be told. What cannot be told is left out: it is kept whole later."""
+    skeleton = stand_in(skeleton)
     for _ in range(_ROUNDS):
         try:
             inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)

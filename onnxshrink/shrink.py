@@ -3,40 +3,306 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import onnx
 
-from onnxshrink.analyse import analyse
+from onnxshrink import measure, save
+from onnxshrink.analyse import Analysis, analyse
 from onnxshrink.apply import apply
-from onnxshrink.graph import Graph, ModelLike
+from onnxshrink.errors import InputError, OnnxshrinkError
+from onnxshrink.graph import Graph, ModelLike, load_proto, make_skeleton
+from onnxshrink.masks import MaskTree, apply_masks, load_masks
 from onnxshrink.plan import Plan, make_plan
-from onnxshrink.weights import Array
+from onnxshrink.report import Report, make_report
+from onnxshrink.runtime import LoadError
+from onnxshrink.verify import Equivalence, OutputsDiffer, amplification
+from onnxshrink.verify import verify as compare
+from onnxshrink.version import __version__
+from onnxshrink.weights import Array, read_tensor
+
+PathLike = str | os.PathLike[str]
+# Beyond this many bytes of weights the result is checked without them: the checker needs them twice.
+_CHECK_WHOLE = 1 << 28
+# An error counts as rounding that the model amplifies when it is within so many times what the rounding of the inputs
+# alone does to the outputs: every layer rounds too, and its sums are taken in another order.
+_AMPLIFIED = 30.0
 
 
 @dataclass(frozen=True, eq=False)
 class ShrinkResult:
+    """A shrunk model.
+
+    Attributes:
+        model: the result, with all its weights; an equal copy of the (masked) input when nothing could be removed.
+        report: what was removed, what stayed and why.
+        plan: which indices of which tensor stay.
+    """
+
     model: onnx.ModelProto
+    report: Report
     plan: Plan
-    report: Any
+    _external: bool = field(default=False, repr=False)
+    _sources: frozenset[Path] = field(default=frozenset(), repr=False)
+
+    def save(self, path: PathLike) -> None:
+        """Write the model, whole or not at all; an existing file is replaced.
+
+        Weights go to a file of their own beside it, `NAME.data`, when the input had such or beyond 2 GB.
+
+        Raises InputError when the file cannot be written; what was there is then untouched.
+        """
+        target = save.check_target(path, "output")
+        in_place = Path(os.path.realpath(target)) in self._sources
+        keep = frozenset() if in_place else self._sources
+        save.write_model(self.model, target, external=self._external, keep=keep)
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """What comes in.
+
+    Attributes:
+        model: the masked model, or the path of one without masks: what the result is compared with.
+        graph: its graph.
+        nbytes: of the model as it was stored.
+        files: every file that it was read from.
+        external: whether it had weights in files of their own.
+    """
+
+    model: ModelLike
+    graph: Graph
+    nbytes: int
+    files: frozenset[Path]
+    external: bool
 
 
 def shrink(
     model: ModelLike,
-    masks: Any = None,
+    masks: MaskTree | PathLike | None = None,
     *,
-    output: str | os.PathLike[str] | None = None,
+    output: PathLike | None = None,
     verify: bool = True,
     inputs: Mapping[str, Array] | None = None,
+    samples: int = 2,
     seed: int = 0,
     align: str = "none",
+    report: PathLike | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> ShrinkResult:
-    graph = Graph(model)
-    analysis = analyse(graph)
+    """Remove every channel of a model that cannot influence its outputs.
+
+    The result computes the same function as the masked model, with the same interface; onnxruntime runs both unless
+    `verify` is off. When nothing can be removed, or when the model amplifies mere rounding so much that the comparison
+    says nothing, the result equals the masked input, and the report says so. `model` itself never changes.
+
+    Args:
+        model: a path or a `ModelProto`.
+        masks: 0/1 arrays by the name of the weight that they multiply, or a file of such (`.npz`, `.pt`, `.pth`,
+            `.safetensors`). None: zeros in the weights are enough.
+        output: file to write; nothing is written when anything fails.
+        verify: compare the outputs of both models.
+        inputs: input arrays by name for that comparison; missing ones are drawn at random.
+        samples: how many sets of random inputs are drawn.
+        seed: of the random inputs.
+        align: "none": the fewest parameters.
+        report: JSON file to write the report to.
+        progress: called with the name of each step as it begins.
+
+    Raises:
+        InputError: the model, a mask, an input or an option cannot be used, or a file cannot be written.
+        OutputsDiffer: the two models do not compute the same; nothing is written.
+    """
+    step = progress or (lambda name: None)
+    if align != "none":
+        raise InputError(f"align {align!r} is not known; 'none' is")
+    _check_targets(model, masks, output, report)
+    step("reading")
+    source = _load(model, masks)
+    step("analysing")
+    analysis = analyse(source.graph)
     plan = make_plan(analysis)
-    small = apply(analysis, plan)
-    if output:
-        onnx.save(small, str(output))
-    return ShrinkResult(small, plan, None)
+    step("cutting")
+    small = _carry_out(analysis, plan)
+    equivalence, note = None, None
+    if small is not None and verify:
+        step("comparing")
+        try:
+            equivalence = _verify(source, small, plan, inputs, samples, seed)
+        except OutputsDiffer as error:
+            note = _excuse(source, error, inputs, samples, seed)
+            if note is None:
+                raise
+            small = None
+    final = _whole(source, masks is not None) if small is None else small.proto
+    result = ShrinkResult(
+        final, _report(source, analysis, plan, small, equivalence, note), plan, source.external, source.files
+    )
+    step("writing")
+    if output is not None:
+        result.save(output)
+    if report is not None:
+        save.write_text(result.report.to_json(), Path(report))
+    return result
+
+
+# --- what comes in -------------------------------------------------------------------------------------------------
+
+
+def _check_targets(model: ModelLike, masks: object, output: PathLike | None, report: PathLike | None) -> None:
+    """Find out before any work is done that the results could not be written."""
+    given = {"the model": model, "the masks": masks}
+    files = {name: _real(value) for name, value in given.items() if isinstance(value, (str, os.PathLike))}
+    if output is not None:
+        target = _real(save.check_target(output, "output"))
+        if target == files.get("the masks"):
+            raise InputError(f"output {os.fspath(output)}: would overwrite the masks")
+        files["the output"] = target
+    if report is not None:
+        target = _real(save.check_target(report, "report"))
+        for name, file in files.items():
+            if target == file:
+                raise InputError(f"report {os.fspath(report)}: would overwrite {name}")
+
+
+def _real(path: PathLike) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _load(model: ModelLike, masks: MaskTree | PathLike | None) -> _Source:
+    if masks is None:
+        graph = Graph(model)
+        proto, folder, reference = graph.proto, graph.folder, model
+    else:
+        proto, folder = load_proto(model)
+        tree = load_masks(os.fspath(masks)) if isinstance(masks, (str, os.PathLike)) else masks
+        reference = apply_masks(_with_data(proto, folder), tree)
+        graph = Graph(reference)
+    data = save.data_files(proto, folder) if folder is not None else set()
+    if isinstance(model, onnx.ModelProto):
+        return _Source(reference, graph, _nbytes(model), frozenset(), False)
+    files = frozenset({_real(model), *data})
+    return _Source(reference, graph, sum(file.stat().st_size for file in files), files, bool(data))
+
+
+def _with_data(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
+    """The same model, its weights read in from their files. Raises InputError."""
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            values = onnx.numpy_helper.from_array(read_tensor(tensor, folder), tensor.name)
+            tensor.raw_data = values.raw_data
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+    return model
+
+
+def _whole(source: _Source, private: bool) -> onnx.ModelProto:
+    """The model as it came in, with all its weights, in an object that nobody else holds."""
+    if private or not isinstance(source.model, onnx.ModelProto):
+        return _with_data(source.graph.proto, source.graph.folder)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(source.model)
+    return copy
+
+
+def _nbytes(model: onnx.ModelProto) -> int:
+    weights = measure.weights(model).bytes
+    return weights if weights > save.LARGEST else model.ByteSize()
+
+
+# --- what goes out -------------------------------------------------------------------------------------------------
+
+
+def _carry_out(analysis: Analysis, plan: Plan) -> Graph | None:
+    """The smaller model, None when the plan does not make it smaller. Raises OnnxshrinkError if it is invalid."""
+    model = apply(analysis, plan)
+    if not _is_smaller(analysis, plan, model):
+        return None
+    try:
+        _check(model, analysis.graph)
+        return Graph(model)
+    except (InputError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())
+        raise OnnxshrinkError(f"the result would not be a valid model (a fault of onnxshrink): {reason}") from error
+
+
+def _is_smaller(analysis: Analysis, plan: Plan, model: onnx.ModelProto) -> bool:
+    before, after = measure.weights(analysis.graph.proto), measure.weights(model)
+    if after.parameters < before.parameters or after.bytes < before.bytes:
+        return True
+    nodes = measure.count_nodes(analysis.graph.skeleton.graph), measure.count_nodes(model.graph)
+    return nodes[1] < nodes[0] and after == before and _removes(analysis, plan)
+
+
+def _removes(analysis: Analysis, plan: Plan) -> bool:
+    """Whether more goes than arithmetic on shapes, which is constant without any pruning."""
+    return any(
+        name not in plan.present and analysis.graph.dtype(name) not in (np.dtype(np.int64), np.dtype(np.bool_))
+        for node in analysis.nodes()
+        for name in node.outputs
+        if name
+    )
+
+
+def _check(model: onnx.ModelProto, source: Graph) -> None:
+    """Check the result in full; where the checker finds fault with the input too, that is not held against it."""
+    whole = measure.weights(model).bytes < _CHECK_WHOLE
+    try:
+        onnx.checker.check_model(model if whole else make_skeleton(model), full_check=True)
+    except onnx.shape_inference.InferenceError:
+        try:
+            onnx.checker.check_model(source.skeleton, full_check=True)
+        except onnx.shape_inference.InferenceError:
+            return
+        raise
+
+
+def _verify(
+    source: _Source, small: Graph, plan: Plan, inputs: Mapping[str, Array] | None, samples: int, seed: int
+) -> Equivalence:
+    kept = {name: axes for name, axes in plan.kept.items() if name in plan.present}
+    try:
+        return compare(source.model, small.proto, inputs=inputs, samples=samples, seed=seed, kept=kept)
+    except LoadError as error:
+        if error.label == "reference":
+            raise
+        raise OnnxshrinkError(f"onnxruntime does not take the result (a fault of onnxshrink): {error}") from error
+
+
+def _excuse(
+    source: _Source, error: OutputsDiffer, inputs: Mapping[str, Array] | None, samples: int, seed: int
+) -> str | None:
+    """Why a difference is rounding and no fault: the model does as much to a change of its inputs' last bit."""
+    if error.equivalence is None or error.divergence is None:
+        return None
+    moved = amplification(source.model, inputs=inputs, samples=samples, seed=seed)
+    if error.equivalence.error > _AMPLIFIED * moved:
+        return None
+    return (
+        f"rounding differences are amplified beyond the limit by {error.divergence.node or error.divergence.tensor} "
+        f"({error.equivalence.error:.1e} of the range; a change in the inputs' last bit makes {moved:.1e}); "
+        "pass --no-verify (in Python, verify=False) to shrink anyway"
+    )
+
+
+def _report(
+    source: _Source,
+    analysis: Analysis,
+    plan: Plan,
+    small: Graph | None,
+    equivalence: Equivalence | None,
+    note: str | None,
+) -> Report:
+    graph = source.graph
+    before, fixed = _size(graph, source.nbytes)
+    after = before if small is None else _size(small, _nbytes(small.proto))[0]
+    return make_report(__version__, (before, after), fixed, analysis, plan, small, equivalence, note)
+
+
+def _size(graph: Graph, nbytes: int) -> tuple[measure.Size, bool]:
+    operations, fixed = measure.multiply_adds(graph)
+    nodes = measure.count_nodes(graph.skeleton.graph)
+    return measure.Size(measure.parameters(graph.proto), nbytes, operations, nodes), fixed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,15 +12,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from . import inputs as drawing
-from .errors import DifferenceError, InputError
-from .inputs import Array, Feed, RunError
+from onnxshrink.errors import DifferenceError, InputError
+from onnxshrink.graph import ModelLike
+from onnxshrink.inputs import Feed, RunError, draw_runnable, fixed_sizes
+from onnxshrink.roles import Array, describe, fed
+from onnxshrink.runtime import Model, Session, open_session
 
-ModelLike = str | os.PathLike[str] | onnx.ModelProto
 Kept = Mapping[str, Sequence[Array | None]]
 
 # The least bound, as a share of an output's range, by element type: what re-associated sums of a deep network may
@@ -37,13 +33,7 @@ NOISE_FACTOR = 10.0  # another order of summation is as good as the one that the
 WORST_LIMIT = 0.1  # a reference that differs from itself by more than this proves nothing, so nothing passes on it
 
 _CHUNK = 128  # intermediate tensors that one run exposes: bounds the memory that a search for a divergence takes
-_SMALL = 1024  # elements; larger initializers are weights, and only their shape matters for drawing inputs
-_LARGEST = 2**31 - 2**24  # bytes; protobuf serialises less than 2 GB
-
-_RUNTIME_ERRORS: tuple[type[Exception], ...] = (
-    *(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception)),
-    *(RuntimeError, ValueError, MemoryError, OSError, EncodeError),
-)
+_ROUNDINGS = 4  # ways to round the inputs that `amplification` tries
 
 
 @dataclass(frozen=True)
@@ -109,22 +99,58 @@ def verify(
     if samples < 1:
         raise InputError(f"samples must be at least 1, not {samples}")
     with tempfile.TemporaryDirectory() as folder:
-        first = _Model(reference, "reference", Path(folder, "reference"))
-        second = _Model(candidate, "candidate", Path(folder, "candidate"))
+        first = Model(reference, "reference", Path(folder, "reference"))
+        second = Model(candidate, "candidate", Path(folder, "candidate"))
         _check_interface(first.light.graph, second.light.graph)
         return _compare(first, second, inputs or {}, samples, seed, kept or {})
 
 
+def amplification(
+    reference: ModelLike, *, inputs: Mapping[str, Array] | None = None, samples: int = 2, seed: int = 0
+) -> float:
+    """How far the outputs move, relative to their range, when each float input moves by one unit in its last place.
+
+    The inputs are those that `verify` runs on. A model for which this is large rounds so badly that its outputs do not
+    tell another order of summation from a wrong weight.
+    """
+    given = inputs or {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Model(reference, "reference", Path(folder, "reference"))
+        described = describe(model.light)
+        session = open_session(model)
+        samples = 1 if all(item.name in given for item in described) else samples
+        runs = draw_runnable(described, given, session.run, samples, seed)
+        moved = [_moved(session, feed, outputs, np.random.default_rng(seed)) for feed, outputs in runs]
+        return max(moved)
+
+
+def _moved(session: Session, feed: Feed, outputs: list[Any], rng: np.random.Generator) -> float:
+    """The largest movement of an output, over a few ways to round the inputs."""
+    errors = [0.0]
+    for _ in range(_ROUNDINGS):
+        nudged = {name: _nudged(value, rng) for name, value in feed.items()}
+        errors += [_difference(a, b)[0] for a, b in zip(outputs, session.run(nudged), strict=True)]
+    return max(errors)
+
+
+def _nudged(value: Any, rng: np.random.Generator) -> Any:
+    if isinstance(value, list):
+        return [_nudged(item, rng) for item in value]
+    if value.dtype.kind != "f":
+        return value
+    return np.nextafter(value, rng.choice(np.array([-np.inf, np.inf], value.dtype), value.shape))
+
+
 def _compare(
-    reference: _Model, candidate: _Model, given: Mapping[str, Array], samples: int, seed: int, kept: Kept
+    reference: Model, candidate: Model, given: Mapping[str, Array], samples: int, seed: int, kept: Kept
 ) -> Equivalence:
     """One session at a time is alive, so that a model of several gigabytes is in memory once."""
-    described = drawing.describe(reference.light)
-    drawing.fixed_sizes(described, given)
-    session = _open(reference)
+    described = describe(reference.light)
+    fixed_sizes(described, given)
+    session = open_session(reference)
     if all(item.name in given for item in described):
         samples = 1
-    runs = drawing.draw_runnable(described, given, session.run, samples, seed)
+    runs = draw_runnable(described, given, session.run, samples, seed)
     floors = [_floor(kind, reference.single) for kind in session.types]
     names = session.names
     del session
@@ -238,171 +264,28 @@ def _array_difference(a: Array, b: Array) -> tuple[float, float, str]:
     return absolute / (float(np.abs(x).max(initial=0.0)) or 1.0), absolute, ""
 
 
-# ------------------------------------------------------------------------------------------------ models and sessions
+# ------------------------------------------------------------------------------------------------- running both
 
 
-class _Model:
-    """A model as onnxruntime can load it, and its graph without the weights' data."""
-
-    def __init__(self, source: ModelLike, label: str, folder: Path) -> None:
-        self.label = label
-        full = source if isinstance(source, onnx.ModelProto) else _read(source, label)
-        self.light = _skeleton(full)
-        self.path = None if isinstance(source, onnx.ModelProto) else Path(source)
-        self.proto = source if isinstance(source, onnx.ModelProto) else None
-        weights = [(t.data_type, t.dims) for t in full.graph.initializer]
-        self.single = any(kind == onnx.TensorProto.FLOAT for kind, _ in weights)
-        if self.proto is not None and sum(4 * int(np.prod(dims)) for _, dims in weights) > _LARGEST:
-            self.path, self.proto = _spill(self.proto, folder), None
-
-    def load(self, options: Any, exposed: Sequence[str]) -> Any:
-        """An onnxruntime session whose outputs also are the tensors named in `exposed`."""
-        source: Any = str(self.path) if self.proto is None else self.proto.SerializeToString()
-        if exposed and self.path is not None:
-            source = self.path.read_bytes()
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(self.path.parent.resolve())
-            )
-        if exposed:  # protobuf messages merge when their bytes are joined: no copy of the weights is edited
-            extra = onnx.ModelProto()
-            extra.graph.output.extend(onnx.ValueInfoProto(name=name) for name in exposed)
-            source += extra.SerializeToString()
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-
-
-class _Session:
-    """A single-threaded (so repeatable) and silent onnxruntime session; raises RunError."""
-
-    def __init__(self, model: _Model, optimised: bool = True, exposed: Sequence[str] = ()) -> None:
-        levels = ort.GraphOptimizationLevel
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-        try:
-            self._session = model.load(options, exposed)
-        except _RUNTIME_ERRORS as error:
-            raise RunError(_first_line(error)) from error
-        self.names: list[str] = [output.name for output in self._session.get_outputs()]
-        self.types: list[str] = [output.type for output in self._session.get_outputs()]
-        self._halves = {i.name for i in self._session.get_inputs() if i.type == "tensor(bfloat16)"}
-        self._by_value = bool(self._halves) or "tensor(bfloat16)" in self.types
-
-    def run(self, feed: Feed) -> list[Any]:
-        try:
-            if not self._by_value:
-                return list(self._session.run(None, feed))
-            values = {name: _to_value(array, name in self._halves) for name, array in feed.items()}
-            return [_from_value(value) for value in self._session.run_with_ort_values(None, values)]
-        except _RUNTIME_ERRORS as error:
-            raise RunError(_first_line(error)) from error
-
-
-def _to_value(array: Array, half: bool) -> Any:
-    """numpy has no bfloat16: it is the upper half of a float32."""
-    if not half:
-        return ort.OrtValue.ortvalue_from_numpy(array)
-    bits = (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
-
-
-def _from_value(value: Any) -> Array:
-    if value.data_type() != "tensor(bfloat16)":
-        return np.asarray(value.numpy())
-    shape = value.shape()
-    bits = np.frombuffer(ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape))), np.uint16)
-    return np.asarray((bits.astype(np.uint32) << 16).view(np.float32).reshape(shape))
-
-
-def _first_line(error: Exception) -> str:
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip().partition("\n")[0])
-
-
-def _open(model: _Model) -> _Session:
-    try:
-        return _Session(model)
-    except RunError as error:
-        # Advice for the reference alone: a candidate that does not load must not be written unverified.
-        advice = "; where the runtime lacks an operator, use --no-verify" if model.label == "reference" else ""
-        raise InputError(f"the {model.label} model does not load in onnxruntime ({error}){advice}") from error
-
-
-def _reference_noise(reference: _Model, feeds: Iterable[Feed]) -> list[list[Any]] | None:
+def _reference_noise(reference: Model, feeds: Iterable[Feed]) -> list[list[Any]] | None:
     """The outputs with graph optimisations off; None where onnxruntime has no kernel for the plain graph."""
     try:
-        session = _Session(reference, optimised=False)
+        session = Session(reference, optimised=False)
         return [session.run(feed) for feed in feeds]
     except RunError:
         return None
 
 
-def _candidate_outputs(candidate: _Model, feeds: Iterable[Feed]) -> list[list[Any]]:
-    session = _open(candidate)
+def _candidate_outputs(candidate: Model, feeds: Iterable[Feed]) -> list[list[Any]]:
+    session = open_session(candidate)
     try:
         return [session.run(feed) for feed in feeds]
     except RunError as error:
         raise OutputsDiffer(f"the candidate model does not run where the reference does: {error}") from error
 
 
-def _read(path: str | os.PathLike[str], label: str) -> onnx.ModelProto:
-    try:
-        return onnx.load(path, format="protobuf", load_external_data=False)
-    except OSError as error:
-        raise InputError(f"the {label} model '{os.fspath(path)}' cannot be read: {error.strerror}") from error
-    except DecodeError as error:
-        raise InputError(f"the {label} model '{os.fspath(path)}' is not an ONNX file, or is cut short") from error
-
-
-def _copy_fields(source: Any, target: Any, without: str) -> None:
-    for field, value in source.ListFields():
-        if field.name == without:
-            continue
-        if hasattr(value, "MergeFrom"):
-            getattr(target, field.name).MergeFrom(value)
-        else:
-            setattr(target, field.name, value)
-
-
-def _hollow(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without initializers."""
-    copy = onnx.ModelProto()
-    _copy_fields(model, copy, without="graph")
-    _copy_fields(model.graph, copy.graph, without="initializer")
-    return copy
-
-
-def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without the data of large initializers: types, shapes, nodes and small constants."""
-    copy = _hollow(model)
-    for tensor in model.graph.initializer:
-        if np.prod(tensor.dims) <= _SMALL:
-            copy.graph.initializer.append(tensor)
-        else:
-            copy.graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
-    return copy
-
-
-def _spill(model: onnx.ModelProto, folder: Path) -> Path:
-    """Save a model that is too large for one message with its weights beside it; the caller's model is not touched."""
-    folder.mkdir()
-    copy = _hollow(model)
-    with open(folder / "weights", "wb") as file:
-        for tensor in model.graph.initializer:
-            item = copy.graph.initializer.add()
-            if not tensor.HasField("raw_data"):
-                item.CopyFrom(tensor)
-                continue
-            _copy_fields(tensor, item, without="raw_data")
-            item.data_location = onnx.TensorProto.EXTERNAL
-            entries = {"location": "weights", "offset": str(file.tell()), "length": str(file.write(tensor.raw_data))}
-            for key, text in entries.items():
-                item.external_data.add(key=key, value=text)
-    (folder / "model.onnx").write_bytes(copy.SerializeToString())
-    return folder / "model.onnx"
-
-
 def _check_interface(reference: onnx.GraphProto, candidate: onnx.GraphProto) -> None:
-    sides = (("input", drawing.fed(reference), drawing.fed(candidate)), ("output", reference.output, candidate.output))
+    sides = (("input", fed(reference), fed(candidate)), ("output", reference.output, candidate.output))
     for side, before, after in sides:
         texts = [_signature(v) for v in before], [_signature(v) for v in after]
         for old, new in zip_longest(*texts, fillvalue="nothing"):
@@ -443,8 +326,8 @@ def _producers(graph: onnx.GraphProto) -> dict[str, str]:
 class _Search:
     """Looks for the first tensor of the candidate, in topological order, that differs from the reference's."""
 
-    reference: _Model
-    candidate: _Model
+    reference: Model
+    candidate: Model
     feed: Feed
     kept: Kept
     optimised: bool
@@ -481,10 +364,10 @@ class _Search:
         noises = {n: _difference(before[n], again[n])[0] for n in suspects}
         return [(n, errors[n], noises[n]) for n in suspects if errors[n] > _limit(floors[n], noises[n])]
 
-    def _values(self, model: _Model, names: list[str], optimised: bool) -> tuple[dict[str, Any], dict[str, float]]:
+    def _values(self, model: Model, names: list[str], optimised: bool) -> tuple[dict[str, Any], dict[str, float]]:
         """The named tensors, of the reference the indices that are kept, and the floors of their types."""
         outputs = {value.name for value in model.light.graph.output}
-        session = _Session(model, optimised, [name for name in names if name not in outputs])
+        session = Session(model, optimised, [name for name in names if name not in outputs])
         values = dict(zip(session.names, session.run(self.feed), strict=True))
         if model is self.reference:
             values = {name: _sliced(value, self.kept.get(name)) for name, value in values.items()}

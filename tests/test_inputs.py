@@ -10,7 +10,8 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxshrink.errors import InputError
-from onnxshrink.inputs import Input, RunError, describe, draw_runnable, fixed_sizes
+from onnxshrink.inputs import RunError, draw_runnable, fixed_sizes
+from onnxshrink.roles import Input, describe
 
 
 def model(text: str, **constants: Any) -> onnx.ModelProto:

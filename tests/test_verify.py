@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-from onnxshrink import verify as module
+from onnxshrink import runtime
 from onnxshrink.errors import DifferenceError, InputError
-from onnxshrink.verify import Divergence, Equivalence, OutputsDiffer, verify
+from onnxshrink.verify import Divergence, Equivalence, OutputsDiffer, amplification, verify
+
+# the package's `verify` is the function
+module = sys.modules["onnxshrink.verify"]
 
 HEADER = '<ir_version: 9, opset_import: ["" : 18, "nobody" : 1]>'
 NETWORK = """(float[N, 8] x) => (float[N, 4] y) {
@@ -228,14 +232,14 @@ def test_the_search_uses_the_inputs_that_differ() -> None:
 
 
 def test_tensors_that_cannot_be_outputs_do_not_hide_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module._Model.load
+    real = runtime.Model.load
 
     def load(self: Any, options: Any, exposed: list[str]) -> Any:
         if "t3" in exposed:
             raise RuntimeError("t3 cannot be an output")
         return real(self, options, exposed)
 
-    monkeypatch.setattr(module._Model, "load", load)
+    monkeypatch.setattr(runtime.Model, "load", load)
     text = f"(float[N] t0) => (float[N] t9) {{ {' '.join(f't{i + 1} = Mul(t{i}, s{i})' for i in range(9))} }}"
     scales = {f"s{i}": np.float32(1) for i in range(9)}
     for changed, first in ((1, "t2"), (2, "t4"), (6, "t7")):
@@ -394,7 +398,7 @@ def test_external_data_is_found_beside_the_model(tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_for_one_message_is_spilled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LARGEST", 100)
+    monkeypatch.setattr(runtime, "_LARGEST", 100)
     one = model(**weights())
     before = one.SerializeToString()
     assert verify(one, model(**weights())).error == 0
@@ -450,3 +454,22 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     unusable(model(text, shape=[7919, 6101]), model(text, shape=[7919, 6101]))
     differs(model(**weights()), nudged("w1"))
     assert capfd.readouterr() == ("", "")
+
+
+# ------------------------------------------------------------------------------------------------------ amplification
+
+
+def test_a_plain_network_moves_as_little_as_its_inputs() -> None:
+    # One unit in the last place is at most 1.2e-7 of an element; the outputs are sums of 8 and 16 such.
+    assert 0 < amplification(model(**weights())) < 1e-6
+
+
+def test_a_fast_wave_amplifies() -> None:
+    text = "(float[N, 8] x) => (float[N, 8] y) { a = Mul(x, s) y = Sin(a) }"
+    # The last bit of an element between 1 and 2, 1.2e-7, times 1000; a little less or more where the element is.
+    assert 2e-5 < amplification(model(text, s=np.float32(1000)), samples=4) < 1e-3
+
+
+def test_inputs_that_are_integers_do_not_move() -> None:
+    text = "(int64[N] i) => (float[N, 4] y) { y = Gather(t, i) }"
+    assert amplification(model(text, t=weights()["w2"])) == 0

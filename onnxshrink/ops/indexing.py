@@ -1,7 +1,7 @@
 """Operators that move elements at indices chosen by data: gathering, scattering, selecting, sampling.
 
 The axes that are indexed stay whole unless the indices are known; the others pass through. An index that nothing needs
-must still be one that is there, so computed indices are needed throughout.
+must still be one that is there, so computed indices are needed wherever the output is computed.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from onnxshrink.facts import Known, everything, partial, uniform
-from onnxshrink.families import needed_by_relation, whole
+from onnxshrink.families import hull, partial_in, whole
 from onnxshrink.notation import Relation, UnresolvedError, opaque, resolve
 from onnxshrink.registry import Forward, Keep, Rewrite, Rule, register
-from onnxshrink.view import Operand, View
+from onnxshrink.view import View
 from onnxshrink.weights import Array, BoolArray, any_along
 
 # Tables are compared at this many rows before they are read whole.
@@ -60,7 +60,7 @@ def along_axes(axes: Callable[[View], Iterable[int]], resized: bool = False) -> 
     def relate(view: View) -> Relation:
         chosen = set(axes(view))
         left = " ".join(names(view.data().rank, chosen))
-        right = " ".join(names(view.output().rank, chosen, "[xo]" if resized else "[x]"))
+        right = " ".join(names(view.data().rank, chosen, "[xo]" if resized else "[x]"))
         shapes = [view.data().shape, *[None] * (len(view.inputs) - 1)]
         notation = f"{left} -> {', '.join([right] * len(view.outputs))}"
         return resolve(notation, shapes, view.shapes(view.outputs))
@@ -128,11 +128,12 @@ def _respread(array: Array, axis: int, count: int) -> Array:
 
 def _gather_backward(view: View) -> list[BoolArray | None]:
     axis, data, indices = axis_of(view), view.data(), view.data(1)
-    needed: list[BoolArray | None] = [None, everything(indices.rank)]
-    if data.constant is not None:
-        return needed
     picked = tuple(range(axis, axis + indices.rank))
     live, chosen = view.live(), indices_of(view, 1, axis)
+    valid = any_along(hull(live), tuple(a for a in range(live.ndim) if a not in picked))
+    needed: list[BoolArray | None] = [None, everything(indices.rank) if view.throughout else valid]
+    if data.constant is not None:
+        return needed
     if chosen is None:
         reduced = any_along(live, picked)
         needed[0] = np.expand_dims(reduced, axis)
@@ -180,6 +181,7 @@ register(
         relate=_gather,
         forward=_gather_forward,
         backward=_gather_backward,
+        partial=True,
         retain=_gather_retain,
         rewrite=_gather_rewrite,
     )
@@ -216,18 +218,13 @@ def _gather_elements_forward(view: View) -> list[Known | None]:
     return _else_whole(view, partial(known.mask, known.value) if known.anything else None)
 
 
-def _indices_throughout(view: View) -> list[BoolArray | None]:
-    """What the relation says, and every index."""
-    needed = needed_by_relation(view)
-    return [mask if slot != 1 or mask is None else everything(mask.ndim) for slot, mask in enumerate(needed)]
-
-
 register(
     Rule(
         "GatherElements",
         relate=_gather_elements,
         forward=_gather_elements_forward,
-        backward=_indices_throughout,
+        backward=partial_in(1),
+        partial=True,
     )
 )
 
@@ -261,7 +258,8 @@ for _op, _since, _until in (("ScatterElements", 11, 10_000), ("Scatter", 9, 10))
             until=_until,
             relate=_scatter_elements,
             forward=_scatter_elements_forward,
-            backward=_indices_throughout,
+            backward=partial_in(1),
+            partial=True,
         )
     )
 
@@ -318,7 +316,7 @@ def _run_on_masks(view: View, slots: Sequence[int]) -> Known | None:
     return None if value is None or mask is None else partial(mask[0] > 0, value[0])
 
 
-register(Rule("GatherND", relate=_gather_nd, forward=_gather_nd_forward, backward=_indices_throughout))
+register(Rule("GatherND", relate=_gather_nd, forward=_gather_nd_forward, backward=partial_in(1), partial=True))
 
 
 def _scatter_nd(view: View) -> Relation:
@@ -344,7 +342,7 @@ def _scatter_nd_forward(view: View) -> list[Known | None]:
     return _else_whole(view, _both(view, data, aligned, rank))
 
 
-register(Rule("ScatterND", relate=_scatter_nd, forward=_scatter_nd_forward, backward=_indices_throughout))
+register(Rule("ScatterND", relate=_scatter_nd, forward=_scatter_nd_forward, backward=partial_in(1), partial=True))
 
 
 def _tensor_scatter(view: View) -> Relation:
@@ -360,13 +358,6 @@ def _tensor_scatter_forward(view: View) -> list[Known | None]:
     return [_both(view, data, update, view.output().rank)]
 
 
-def _lengths_throughout(view: View) -> list[BoolArray | None]:
-    needed = needed_by_relation(view)
-    return [mask if slot != 2 or mask is None else everything(mask.ndim) for slot, mask in enumerate(needed)]
-
-
 register(
-    Rule(
-        "TensorScatter", relate=_tensor_scatter, forward=_tensor_scatter_forward, backward=_lengths_throughout
-    )
+    Rule("TensorScatter", relate=_tensor_scatter, forward=_tensor_scatter_forward, backward=partial_in(2), partial=True)
 )

@@ -278,15 +278,30 @@ def _kept_weights(layer: Layer, slot: int) -> list[BoolArray]:
     return [mask for mask in found if mask is not None]
 
 
-def _fold(view: View) -> Mapping[int, Fold]:
-    layer = Layer(view)
+def _leaving(layer: Layer) -> BoolArray:
+    """Features that leave with a constant that some unit would miss."""
     mask, value = layer.constants()
-    kept = view.kept[0][2]
-    if kept is None or not (mask & (value != 0)).any():
-        return {}
+    constant, kept = np.asarray(mask & (value != 0)), layer.view.kept[0][2]
+    if kept is None or not constant.any():
+        return np.zeros(layer.features, np.bool_)
     directions, units, _ = _kept_weights(layer, _WEIGHTS)
     read = any_along(layer.reads & directions[:, None, None, None] & units[:, None], (0, 1, 2))
-    indices = np.flatnonzero(mask & (value != 0) & ~kept & read)
+    return np.asarray(constant & ~kept & read)
+
+
+def _represent(view: View) -> Iterable[Keep]:
+    """New biases are two vectors per gate, more than the column of a single feature."""
+    layer = Layer(view)
+    leaving = _leaving(layer)
+    if view.input(_BIAS) is not None or leaving.sum() > 1:
+        return []
+    return [Keep(0, 2, leaving, "its constant is smaller than the biases that would have to be made for it")]
+
+
+def _fold(view: View) -> Mapping[int, Fold]:
+    layer = Layer(view)
+    indices = np.flatnonzero(_leaving(layer))
+    _, value = layer.constants()
     return {0: Fold(2, indices, value[indices].astype(np.float64))} if indices.size else {}
 
 
@@ -331,6 +346,7 @@ for _op in _CELLS:
             forward=_forward,
             backward=_backward,
             retain=_retain,
+            represent=_represent,
             fold=_fold,
             rewrite=_rewrite,
         )

@@ -17,7 +17,7 @@ WORDS = """
 
 # These overflow, or have no finite value everywhere. An element that nothing needs may hold anything once its inputs
 # are gone; here it must not, or a later multiplication by zero would not give zero.
-PARTIAL_WORDS = "Acos Acosh Asin Atanh Cosh Exp Log Reciprocal Sinh Sqrt Tan"
+PARTIAL_WORDS = "Acos Acosh Asin Atanh BitCast Cosh Exp Log Reciprocal Sinh Sqrt Tan"
 
 
 for _word in WORDS.split():

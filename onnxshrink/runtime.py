@@ -1,0 +1,171 @@
+"""onnxruntime: models as it can load them, sessions that are silent and repeatable."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from onnxshrink.errors import InputError
+from onnxshrink.graph import ModelLike, copy_fields
+from onnxshrink.inputs import Feed, RunError
+from onnxshrink.roles import Array
+
+_SMALL = 1024  # elements; larger initializers are weights, and only their shape matters for drawing inputs
+_LARGEST = 2**31 - 2**24  # bytes; protobuf serialises less than 2 GB
+
+_RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    *(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception)),
+    *(RuntimeError, ValueError, MemoryError, OSError, EncodeError),
+)
+
+
+class Model:
+    """A model as onnxruntime can load it, and its graph without the weights' data."""
+
+    def __init__(self, source: ModelLike, label: str, folder: Path) -> None:
+        self.label = label
+        full = source if isinstance(source, onnx.ModelProto) else _read(source, label)
+        self.light = _skeleton(full)
+        self.path = None if isinstance(source, onnx.ModelProto) else Path(source)
+        self.proto = source if isinstance(source, onnx.ModelProto) else None
+        weights = [(t.data_type, t.dims) for t in full.graph.initializer]
+        self.single = any(kind == onnx.TensorProto.FLOAT for kind, _ in weights)
+        if self.proto is not None and sum(4 * int(np.prod(dims)) for _, dims in weights) > _LARGEST:
+            self.path, self.proto = _spill(self.proto, folder), None
+
+    def load(self, options: Any, exposed: Sequence[str]) -> Any:
+        """An onnxruntime session whose outputs also are the tensors named in `exposed`."""
+        source: Any = str(self.path) if self.proto is None else self.proto.SerializeToString()
+        if exposed and self.path is not None:
+            source = self.path.read_bytes()
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(self.path.parent.resolve())
+            )
+        if exposed:  # protobuf messages merge when their bytes are joined: no copy of the weights is edited
+            extra = onnx.ModelProto()
+            extra.graph.output.extend(onnx.ValueInfoProto(name=name) for name in exposed)
+            source += extra.SerializeToString()
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+class Session:
+    """A single-threaded (so repeatable) and silent onnxruntime session; raises RunError."""
+
+    def __init__(self, model: Model, optimised: bool = True, exposed: Sequence[str] = ()) -> None:
+        levels = ort.GraphOptimizationLevel
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        try:
+            self._session = model.load(options, exposed)
+        except _RUNTIME_ERRORS as error:
+            raise RunError(_first_line(error)) from error
+        self.names: list[str] = [output.name for output in self._session.get_outputs()]
+        self.types: list[str] = [output.type for output in self._session.get_outputs()]
+        self._halves = {i.name for i in self._session.get_inputs() if i.type == "tensor(bfloat16)"}
+        self._by_value = bool(self._halves) or "tensor(bfloat16)" in self.types
+
+    def run(self, feed: Feed) -> list[Any]:
+        try:
+            if not self._by_value:
+                return list(self._session.run(None, feed))
+            values = {name: _to_value(array, name in self._halves) for name, array in feed.items()}
+            return [_from_value(value) for value in self._session.run_with_ort_values(None, values)]
+        except _RUNTIME_ERRORS as error:
+            raise RunError(_first_line(error)) from error
+
+
+def _to_value(array: Array, half: bool) -> Any:
+    """numpy has no bfloat16: it is the upper half of a float32."""
+    if not half:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    bits = (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+
+
+def _from_value(value: Any) -> Array:
+    if value.data_type() != "tensor(bfloat16)":
+        return np.asarray(value.numpy())
+    shape = value.shape()
+    bits = np.frombuffer(ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape))), np.uint16)
+    return np.asarray((bits.astype(np.uint32) << 16).view(np.float32).reshape(shape))
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip().partition("\n")[0])
+
+
+class LoadError(InputError):
+    """onnxruntime does not take a model; `label` says which one."""
+
+    def __init__(self, message: str, label: str) -> None:
+        super().__init__(message)
+        self.label = label
+
+
+def open_session(model: Model) -> Session:
+    try:
+        return Session(model)
+    except RunError as error:
+        # Advice for the reference alone: a candidate that does not load must not be written unverified.
+        advice = "; where the runtime lacks an operator, use --no-verify" if model.label == "reference" else ""
+        message = f"the {model.label} model does not load in onnxruntime ({error}){advice}"
+        raise LoadError(message, model.label) from error
+
+
+def _read(path: str | os.PathLike[str], label: str) -> onnx.ModelProto:
+    try:
+        return onnx.load(path, format="protobuf", load_external_data=False)
+    except OSError as error:
+        raise InputError(f"the {label} model '{os.fspath(path)}' cannot be read: {error.strerror}") from error
+    except DecodeError as error:
+        raise InputError(f"the {label} model '{os.fspath(path)}' is not an ONNX file, or is cut short") from error
+
+
+def _hollow(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without initializers."""
+    copy = onnx.ModelProto()
+    copy_fields(model, copy, frozenset({"graph"}))
+    copy_fields(model.graph, copy.graph, frozenset({"initializer"}))
+    return copy
+
+
+def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without the data of large initializers: types, shapes, nodes and small constants."""
+    copy = _hollow(model)
+    for tensor in model.graph.initializer:
+        if np.prod(tensor.dims) <= _SMALL:
+            copy.graph.initializer.append(tensor)
+        else:
+            copy.graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+    return copy
+
+
+def _spill(model: onnx.ModelProto, folder: Path) -> Path:
+    """Save a model that is too large for one message with its weights beside it; the caller's model is not touched."""
+    folder.mkdir()
+    copy = _hollow(model)
+    with open(folder / "weights", "wb") as file:
+        for tensor in model.graph.initializer:
+            item = copy.graph.initializer.add()
+            if not tensor.HasField("raw_data"):
+                item.CopyFrom(tensor)
+                continue
+            copy_fields(tensor, item, frozenset({"raw_data"}))
+            item.data_location = onnx.TensorProto.EXTERNAL
+            entries = {"location": "weights", "offset": str(file.tell()), "length": str(file.write(tensor.raw_data))}
+            for key, text in entries.items():
+                item.external_data.add(key=key, value=text)
+    (folder / "model.onnx").write_bytes(copy.SerializeToString())
+    return folder / "model.onnx"

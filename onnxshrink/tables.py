@@ -1,0 +1,148 @@
+"""What the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import wrap
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from onnxshrink.measure import Size
+from onnxshrink.report import Layer, Report
+from onnxshrink.verify import Equivalence
+
+_MOST_LAYERS = 24
+_MOST_STAYS = 5
+_ROWS = ("parameters", "bytes", "multiply-adds", "nodes")
+
+
+def print_report(console: Console, report: Report, verified: bool) -> None:
+    """The report of one model, in at most a few screens."""
+    if not report.changed:
+        _line(console, f"Nothing removed: {report.note or 'no channel can go'}. The result equals the input.")
+    else:
+        console.print(_sizes(report.before, report.after))
+        if not report.fixed:
+            _line(console, "multiply-adds count free dimensions as 1", indent=1)
+        _print_layers(console, report.layers)
+        _print_equivalence(console, report.equivalence, verified)
+        _print_folds(console, report)
+    _print_stays(console, report)
+
+
+def print_equivalence(console: Console, equivalence: Equivalence) -> None:
+    """The figures of a comparison."""
+    table = _table("", "")
+    for name, value in (
+        ("largest difference, of the output's range", f"{equivalence.error:.1e}"),
+        ("largest difference, absolute", f"{equivalence.absolute:.1e}"),
+        ("the first model's own rounding noise", f"{equivalence.noise:.1e}"),
+        ("limit", f"{equivalence.limit:.1e}"),
+        ("outputs x input sets", f"{equivalence.outputs} x {equivalence.samples}"),
+    ):
+        table.add_row(name, value)
+    table.show_header = False
+    console.print("The models compute the same.", highlight=False)
+    console.print(table)
+
+
+def _line(console: Console, text: str, indent: int = 0) -> None:
+    """A paragraph, wrapped between words only: names are not broken."""
+    lines = wrap(
+        text,
+        console.width,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent + 2),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def _table(*headings: str, names: int = 1) -> Table:
+    """A table whose first columns hold names, which may be folded; the others hold numbers, which stay whole."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in headings[:names]:
+        table.add_column(heading, overflow="fold")
+    for heading in headings[names:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _sizes(before: Size, after: Size) -> Table:
+    table = _table("", "before", "after", "left")
+    for label in _ROWS:
+        field = label.replace("-", "_")
+        old, new = getattr(before, field), getattr(after, field)
+        table.add_row(label, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "")
+    return table
+
+
+def _shape(extents: Sequence[int]) -> str:
+    return "x".join(map(str, extents))
+
+
+def _saved(layer: Layer) -> int:
+    before = after = 1
+    for old in layer.before:
+        before *= old
+    for new in layer.after:
+        after *= new
+    return before - after
+
+
+def _print_layers(console: Console, layers: Sequence[Layer]) -> None:
+    if not layers:
+        return
+    largest = sorted(layers, key=_saved, reverse=True)[:_MOST_LAYERS]
+    table = _table("node", "weight", "before", "after", names=2)
+    for layer in layers:
+        if layer in largest:  # in graph order
+            table.add_row(layer.node, layer.weight, _shape(layer.before), _shape(layer.after))
+    console.print()
+    console.print(table)
+    if len(layers) > len(largest):
+        _line(console, f"and {len(layers) - len(largest)} layers that lost less (--report FILE.json lists all)", 1)
+
+
+def _print_equivalence(console: Console, equivalence: Equivalence | None, verified: bool) -> None:
+    console.print()
+    if equivalence is None:
+        _line(console, "Not verified." if not verified else "Nothing to verify.")
+        return
+    _line(
+        console,
+        f"Verified: the outputs differ by at most {equivalence.error:.1e} of their range "
+        f"(limit {equivalence.limit:.1e}; the input's own rounding noise {equivalence.noise:.1e}).",
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _print_folds(console: Console, report: Report) -> None:
+    if report.folded:
+        carried = f", {_count(report.appended, 'channel')} of ones added to carry them" if report.appended else ""
+        _line(console, f"{_count(report.folded, 'constant channel')} folded into the layers behind{carried}.")
+
+
+def _print_stays(console: Console, report: Report) -> None:
+    if report.stays:
+        console.print()
+        _line(console, "Channels without effect that stay:")
+        for stay in report.stays[:_MOST_STAYS]:
+            _line(console, f"{stay.channels:,} for {stay.node or 'the graph'}: {stay.reason}", indent=2)
+        rest = report.stays[_MOST_STAYS:]
+        if rest:
+            _line(console, f"{sum(stay.channels for stay in rest):,} for {_count(len(rest), 'other reason')}", indent=2)
+    if report.refusals:
+        console.print()
+        _line(console, "Operators kept whole:")
+        for refusal in report.refusals[:_MOST_STAYS]:
+            _line(console, f"{len(refusal.nodes):,} {refusal.op}: {refusal.reason}", indent=2)
+        if len(report.refusals) > _MOST_STAYS:
+            _line(console, f"and {_count(len(report.refusals) - _MOST_STAYS, 'more kind')}", indent=2)
