@@ -13,8 +13,8 @@ import onnx
 from onnxshrink.analyse import Analysis
 from onnxshrink.edit import Editor
 from onnxshrink.graph import Node
-from onnxshrink.notation import Relation
-from onnxshrink.plan import Kept, Plan, joined_inputs
+from onnxshrink.notation import Relation, joined_inputs
+from onnxshrink.planning.data import Kept, Plan
 from onnxshrink.registry import Rewrite
 from onnxshrink.view import Operand, View
 from onnxshrink.weights import Array, same
@@ -135,7 +135,7 @@ class _Site:
 
     def _joins_one(self) -> bool:
         """Whether what was joined or cut is down to one piece, which is the whole."""
-        return len(joined_inputs(self.relation)) > 1 and len(self.target.inputs) == 1 or len(self.node.outputs) > 1
+        return (len(joined_inputs(self.relation)) > 1 and len(self.target.inputs) == 1) or len(self.node.outputs) > 1
 
     def _correct(self, rewrite: Rewrite) -> None:
         if rewrite.fixed is not None:

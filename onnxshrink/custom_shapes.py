@@ -240,8 +240,9 @@ def _declare(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> onnx.ValueIn
     for there in (*graph.output, *graph.value_info):
         if there.name == value.name:
             there.type.CopyFrom(value.type)
-            return there
-    graph.value_info.append(value)
+            break
+    else:
+        graph.value_info.append(value)
     return value
 
 

@@ -22,7 +22,6 @@ from onnxshrink.stand_ins import checkable
 from onnxshrink.weights import Array, Constant, external_file, read_tensor, tensor_dtype
 
 
-
 class Period(int):
     """The extent of an axis that is a free dimension times a fixed one: the fixed one, which indices count modulo.
 
@@ -285,8 +284,8 @@ class Graph:
             found: dict[int, dict[str, tuple[Shape | None, int]]] = {}
             for name, (body, local) in flatten(graph).names.items():
                 if id(body) not in found:
-                    values = (*body.value_info, *body.input, *body.output)
-                    found[id(body)] = {value.name: _type_of(value) for value in values}
+                    listed = (*body.value_info, *body.input, *body.output)
+                    found[id(body)] = {value.name: _type_of(value) for value in listed}
                 if local in found[id(body)]:
                     types[name] = found[id(body)][local]
         return types

@@ -372,7 +372,9 @@ def _rests(left: _Walk, right: _Walk) -> list[tuple[int, Dim]]:
     """Axes with something that was not matched, and how much."""
     rank = len(left.shape)
     found = [(axis, _remaining(right, rank - 1 - axis)) for axis in range(rank)]
-    return [(axis, rest) for axis, rest in found if rest != 1 and not left.specs[axis] and not right.specs[rank - 1 - axis]]
+    return [
+        (axis, rest) for axis, rest in found if rest != 1 and not left.specs[axis] and not right.specs[rank - 1 - axis]
+    ]
 
 
 def _join_walks(left: _Walk, right: _Walk, sizes: dict[str, int | None], pinned: set[str], side: str) -> TensorSpec:
@@ -418,6 +420,23 @@ def opaque(inputs: Sequence[Shape | None], outputs: Sequence[Shape | None]) -> R
             sizes[f"t{slot}_{axis}"] = extent if isinstance(extent, int) else None
         specs.append(None if shape is None else tuple((f"t{slot}_{axis}",) for axis in range(len(shape))))
     return Relation(tuple(specs[: len(inputs)]), tuple(specs[len(inputs) :]), sizes, frozenset(sizes))
+
+
+def axis_of(relation: Relation, slot: int, factor: str) -> int:
+    """The axis of an operand that is one factor alone."""
+    spec = relation.spec(slot)
+    assert spec is not None
+    return next(axis for axis, factors in enumerate(spec) if factors == (factor,))
+
+
+def joined_inputs(relation: Relation) -> dict[int, int]:
+    """Inputs laid end to end along a linked axis: one that keeps nothing there is left out of the node."""
+    found: dict[int, int] = {}
+    for factor, links in relation.links.items():
+        inputs = {link.input for link in links}
+        if len(inputs) > 1 and len({link.output for link in links}) == 1:
+            found.update({slot: axis_of(relation, slot, factor) for slot in inputs})
+    return found
 
 
 # --- Moving broadcast-compressed arrays between operands -------------------------------------------------------

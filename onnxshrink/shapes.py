@@ -39,7 +39,7 @@ def with_knowledge(
     values: Mapping[str, np.ndarray[Any, Any]],
     shapes: Mapping[str, tuple[tuple[int | str | None, ...], int]],
 ) -> onnx.ModelProto:
-    """A copy in which some tensors of the main graph are initializers, and some have an extent and type that are known."""
+    """A copy in which some tensors of the main graph are initializers, and some have a shape and type."""
     model = onnx.ModelProto()
     model.CopyFrom(skeleton)
     graph = model.graph

@@ -174,18 +174,22 @@ def _real(path: PathLike) -> Path:
 
 def _load(model: ModelLike, masks: MaskTree | PathLike | None) -> _Source:
     if masks is None:
-        graph = Graph(model)
-        proto, folder, reference = graph.proto, graph.folder, model
+        graph, reference = Graph(model), model
+        data = _data_files(graph.proto, graph.folder)
     else:
         proto, folder = load_proto(model)
+        data = _data_files(proto, folder)
         tree = load_masks(os.fspath(masks)) if isinstance(masks, (str, os.PathLike)) else masks
         reference = apply_masks(_with_data(proto, folder), tree)
         graph = Graph(reference)
-    data = save.data_files(proto, folder) if folder is not None else set()
     if isinstance(model, onnx.ModelProto):
         return _Source(reference, graph, _nbytes(model), frozenset(), False)
     files = frozenset({_real(model), *data})
     return _Source(reference, graph, sum(file.stat().st_size for file in files), files, bool(data))
+
+
+def _data_files(model: onnx.ModelProto, folder: Path | None) -> set[Path]:
+    return set() if folder is None else save.data_files(model, folder)
 
 
 def _with_data(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:

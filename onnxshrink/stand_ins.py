@@ -20,8 +20,8 @@ _SUM = 3
 Make = Callable[[onnx.NodeProto], "list[onnx.NodeProto] | None"]
 
 
-def _node(op: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
-    return onnx.helper.make_node(op, inputs, [output], **attributes)
+def _node(op: str, inputs: list[str], output: str, **attributes: str) -> onnx.NodeProto:
+    return onnx.helper.make_node(op, inputs, [output], None, None, None, **attributes)
 
 
 def _only(node: onnx.NodeProto, *outputs: int) -> bool:

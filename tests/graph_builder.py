@@ -18,6 +18,12 @@ T = TypeVar("T")
 LARGEST_TENSOR = 4096
 MOST_CHANNELS = 24
 IR_VERSION = 8
+# What onnxruntime does not compute in double precision.
+SINGLE_ONLY = """
+    Conv ConvTranspose GlobalLpPool GlobalAveragePool GlobalMaxPool AveragePool LpPool Elu ThresholdedRelu LeakyRelu
+    Selu Softplus HardSigmoid HardSwish Mish Gelu Mean LRN MeanVarianceNormalization InstanceNormalization PRelu Erf
+    Atan Asinh Softsign Celu Resize GroupNormalization Shrink
+""".split()
 
 
 class Chooser(Protocol):
@@ -164,6 +170,8 @@ class Builder:
     ) -> list[Tensor]:
         """Append a node; shapes come from onnx. Raises Rejected when the operator does not take these inputs."""
         names = [t.name if isinstance(t, Tensor) else t or "" for t in inputs]
+        if self.dtype == np.float64 and op in SINGLE_ONLY:
+            raise Rejected
         outputs = [self._name("t") for _ in range(count)]
         given = {name: value for name, value in attributes.items() if value is not None}
         proto = helper.make_node(op, names, outputs, name=f"{op}_{outputs[0]}", **given)

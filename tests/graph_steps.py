@@ -47,8 +47,9 @@ def reduction_axes(builder: Builder, op: str, x: Tensor, axes: Sequence[int], **
 # --- windows ----------------------------------------------------------------------------------------------------
 
 
-def _window(builder: Builder, rank: int, dilated: bool = True) -> dict[str, object]:
-    """Random kernel, strides, dilations and padding of `rank` axes of space."""
+def _window(builder: Builder, x: Tensor, dilated: bool = True) -> dict[str, object]:
+    """Random kernel, strides, dilations and padding, no window larger than the padded space."""
+    rank = x.rank - 2
     kernel = builder.integers(rank, 1, 3)
     found: dict[str, object] = {"kernel_shape": kernel}
     if builder.chance(40):
@@ -60,6 +61,11 @@ def _window(builder: Builder, rank: int, dilated: bool = True) -> dict[str, obje
     elif builder.chance(70):
         same = [k // 2 for k in kernel] * 2
         found["pads"] = same if builder.chance(60) else [builder.integer(0, max(k - 1, 0)) for k in kernel * 2]
+    pads, dilations = found.get("pads", [0] * 2 * rank), found.get("dilations", [1] * rank)
+    for axis in range(rank):
+        padded = x.shape[2 + axis] + pads[axis] + pads[rank + axis]  # type: ignore[index]
+        if padded < (kernel[axis] - 1) * dilations[axis] + 1:  # type: ignore[index]
+            raise Rejected
     return found
 
 
@@ -74,7 +80,7 @@ def convolution(builder: Builder, x: Tensor, outputs: int | None = None, transpo
     channels = x.shape[1]
     groups = 1 if outputs is not None else _groups(builder, channels)
     rows = outputs if outputs is not None else groups * builder.integer(1, max(1, min(8, MOST_CHANNELS // groups)))
-    window = _window(builder, x.rank - 2)
+    window = _window(builder, x)
     kernel = list(window["kernel_shape"])  # type: ignore[call-overload]
     if transposed and window.get("auto_pad") in ("SAME_UPPER", "SAME_LOWER"):
         raise Rejected
@@ -153,7 +159,7 @@ def pool(builder: Builder) -> None:
         builder.one(op, [x])
         return
     modern = {"MaxPool": 11, "AveragePool": 19, "LpPool": 18}[op]
-    window = _window(builder, x.rank - 2, dilated=builder.opset >= modern)
+    window = _window(builder, x, dilated=builder.opset >= modern)
     if builder.chance(30) and builder.opset >= {"MaxPool": 11, "AveragePool": 11, "LpPool": 18}[op]:
         window["ceil_mode"] = 1
     if op == "AveragePool" and builder.chance(50):
@@ -309,9 +315,7 @@ def group_norm(builder: Builder) -> None:
     groups = builder.choice(divisors(x.shape[1]))
     if builder.opset >= 18 and builder.chance(50):
         count = groups if builder.opset < 21 else x.shape[1]
-        builder.one(
-            "GroupNormalization", [x, *_scale_and_shift(builder, count)], num_groups=groups, epsilon=1e-3
-        )
+        builder.one("GroupNormalization", [x, *_scale_and_shift(builder, count)], num_groups=groups, epsilon=1e-3)
         return
     ones, zeros = builder.constant(np.ones(groups)), builder.constant(np.zeros(groups))
     y = builder.one("Reshape", [x, builder.integers_constant([0, groups, -1])], keep=False)
@@ -334,7 +338,7 @@ def other_norm(builder: Builder) -> None:
     x = builder.pick(lambda t: t.rank >= 2)
     op = builder.choice(["LRN", "LpNormalization", "MeanVarianceNormalization", "RMS", "RMSNormalization", "Layer"])
     if op == "LRN":
-        if x.rank < 3:
+        if x.rank != 4:
             raise Rejected
         builder.one(op, [x], size=builder.choice([1, 3, 5]), alpha=0.5, beta=0.75, bias=1.0)
     elif op == "LpNormalization":

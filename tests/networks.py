@@ -68,7 +68,7 @@ def joined(pruned: bool) -> onnx.ModelProto:
     """Two branches, laid end to end and shuffled."""
     weights = {
         "w1": rows(pruned, 4, 3, 1, 1),
-        "w2": rows(pruned, 4, 3, 1, 1, lost=(0, 2), seed=1),
+        "w2": rows(pruned, 4, 3, 1, 1, seed=1),
         "w3": draw(2, 8, 1, 1),
     }
     shuffle = "h = Reshape(j, split) t = Transpose <perm = [0, 2, 1, 3, 4]> (h) k = Reshape(t, merge)"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import graph_block_steps  # noqa: F401 - registers its steps
 import graph_layout_steps
 import numpy as np
 import onnx

@@ -55,7 +55,7 @@ def dead_branch() -> onnx.ModelProto:
 
 
 def all_constant() -> onnx.ModelProto:
-    text = "g (float[N, 6] x) => (float[N, 4] y) { h = MatMul(x, a) y = Add(h, b) }"
+    text = "g (float[2, 6] x) => (float[2, 4] y) { h = MatMul(x, a) y = Add(h, b) }"
     return build(text, a=np.zeros((6, 4), np.float32), b=draw(4))
 
 

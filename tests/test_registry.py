@@ -10,10 +10,24 @@ import onnx
 import pytest
 
 from onnxshrink.errors import RuleError
-from onnxshrink.registry import Rule, find, register, rules
+from onnxshrink.registry import NEWEST, Rule, find, register, rules
 
 # Operators whose rules are still to be written.
 EXPECTED_LATER: frozenset[str] = frozenset()
+# What optimisers and exporters put in the place of ONNX's own operators.
+MICROSOFT = [
+    "Attention",
+    "MultiHeadAttention",
+    "GroupQueryAttention",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "EmbedLayerNormalization",
+    "FastGelu",
+    "BiasGelu",
+    "QuickGelu",
+    "FusedMatMul",
+    "RotaryEmbedding",
+]
 TABLE = Path(__file__).parent.parent / "tools" / "op_table.py"
 
 
@@ -30,6 +44,31 @@ def test_every_operator_has_a_rule_or_a_refusal() -> None:
     version = onnx.defs.onnx_opset_version()
     missing = {op for op in newest_operators() if find(op, "", version) is None}
     assert missing == EXPECTED_LATER & set(newest_operators())
+
+
+@pytest.mark.parametrize("op", MICROSOFT)
+def test_fused_operators_have_a_rule_or_a_refusal(op: str) -> None:
+    assert find(op, "com.microsoft", 1) is not None
+
+
+def test_a_refusal_says_why_and_nothing_else() -> None:
+    for rule in rules():
+        if rule.refusal is not None and not rule.domain.startswith("test."):
+            assert len(rule.refusal.split()) >= 4, rule.op
+            functions = (rule.forward, rule.backward, rule.retain, rule.represent, rule.fold, rule.rewrite)
+            assert not any(functions), rule.op
+            assert not rule.relate, rule.op
+
+
+def test_every_rule_is_for_a_version_that_exists() -> None:
+    """The range of a rule holds at least one version of its operator, or lies within one."""
+    versions: dict[str, list[int]] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain == "":
+            versions.setdefault(schema.name, []).append(schema.since_version)
+    for rule in rules():
+        if not rule.domain and rule.op in versions and rule.since < NEWEST:
+            assert min(versions[rule.op]) <= rule.until, rule.op
 
 
 def test_every_rule_is_of_an_operator() -> None:
@@ -85,6 +124,6 @@ def test_the_table_lists_every_rule() -> None:
     assert set(newest_operators()) - EXPECTED_LATER <= set(rows)
     assert rows["GridSample"].startswith("| GridSample | 16- | `n c [*x], n *y [d] -> n c *y` |")
     assert rows["Optional"] == (
-        "| Optional | 1- | kept whole: it works on an optional value, which may not be there |  |"
+        "| Optional | 15- | kept whole: it works on an optional value, which may not be there |  |"
     )
     assert run_table("--smoke") == f"{len(lines) - 2} rules\n"

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from models import ROUNDING, build, check_same, dead, draw, parameters, shapes
+from models import ROUNDING, build, check_same, dead, draw, shapes
 from networks import NETWORKS, Network, chain, residual
 
 import onnxshrink
 from onnxshrink import DifferenceError, InputError, MaskError, OnnxshrinkError, OutputsDiffer, save, shrink
 from onnxshrink import verify as compare
+from onnxshrink.measure import parameters
 
 engine: Any = __import__("sys").modules["onnxshrink.shrink"]  # the name in the package is the function
 networks = pytest.mark.parametrize("network", NETWORKS.values(), ids=list(NETWORKS))
@@ -239,9 +240,9 @@ def test_external_data_stays_external(tmp_path: Path, network: Network, pruned: 
 
 
 def test_external_data_in_place_leaves_no_stale_file(tmp_path: Path) -> None:
-    model = build("g (float[N, 40] x) => (float[N, 40] y) { y = MatMul(x, w) }", w=dead(draw(40, 40), 1, axis=1))
-    path = tmp_path / "model.onnx"
-    onnx.save(model, path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    text = "g (float[N, 40] x) => (float[N, 40] y) { y = MatMul(x, w) }"
+    model, path = build(text, w=draw(40, 40)), tmp_path / "model.onnx"
+    onnx.save(build(text, w=draw(40, 40)), path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
     for _ in range(3):
         shrink(path, {"w": np.ones((40, 40))}, output=path)
         assert compare(model, path).error <= ROUNDING
@@ -318,9 +319,10 @@ def test_a_mask_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
 def broken_apply(*given: Any) -> onnx.ModelProto:
     """The result with one weight moved: what a wrong rule would do."""
     model = real_apply(*given)
-    values = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
+    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == "w1"]
+    values = onnx.numpy_helper.to_array(weight).copy()
     values.flat[0] += 1
-    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, model.graph.initializer[0].name))
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, "w1"))
     return model
 
 

@@ -6,9 +6,10 @@ dimensions, value heads `v`. Facts are looked at per such index, whatever the la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,9 @@ def _first(array: Array, axis: tuple[int, ...]) -> Array:
     return array[tuple(0 if index in axis else slice(None) for index in range(array.ndim))]
 
 
+_REDUCE: Mapping[str, Callable[..., Any]] = {"any": np.any, "all": np.all, "first": _first}
+
+
 def _alone(names: Names) -> TensorSpec:
     return tuple((name,) for name in names)
 
@@ -54,7 +58,7 @@ def per_factor(view: View, array: Array, slot: int, names: Names, kind: str = "a
     """
     relation = view.relation
     assert relation is not None
-    reduce = {"any": np.any, "all": np.all, "first": _first}[kind]
+    reduce: Callable[..., Array] = _REDUCE[kind]
     alone = Relation((relation.spec(slot),), (_alone(names),), relation.sizes)
     return np.broadcast_to(transfer(alone, array, 0, -1, reduce), [relation.sizes[name] or 1 for name in names])
 
@@ -149,7 +153,7 @@ class Heads:
         if self.past is None:
             return zero
         mask, value = constants(self.view, self.past[which], names)
-        return zero & mask & (value == 0)
+        return np.asarray(zero & mask & (value == 0))
 
     @cached_property
     def idle_queries(self) -> BoolArray:
@@ -248,5 +252,3 @@ def mask_notation(shape: Sequence[object], heads: int) -> str:
     """Notation of what is broadcast to `[batch, head, query, key]`: whole, but for the heads."""
     names = ["[mb]", "(k r)" if len(shape) >= 3 and shape[-3] == heads else "[mh]", "[ms]", "[mt]"]
     return " ".join(names[len(names) - len(shape) :]) or "1"
-
-

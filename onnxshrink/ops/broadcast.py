@@ -90,9 +90,7 @@ register(
         rewrite=_neutral(1.0, (0, 1)),  # type: ignore[arg-type]
     )
 )
-register(
-    Rule("SwiGLU", since=28, relate="*a, *a -> *a", forward=product, backward=lambda view: factors_of(view, 0, 1))
-)
+register(Rule("SwiGLU", since=28, relate="*a, *a -> *a", forward=product, backward=lambda view: factors_of(view, 0, 1)))
 register(Rule("Div", since=7, relate=_relate, forward=_quotient, backward=partial_in(1), partial=True, absorbs=True))
 register(Rule("Mod", since=10, relate=_relate, forward=pointwise, backward=partial_in(1), partial=True, absorbs=True))
 register(Rule("Pow", since=7, relate=_relate, forward=pointwise, backward=_power_needed, partial=True, absorbs=True))

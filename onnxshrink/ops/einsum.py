@@ -52,6 +52,7 @@ def _notation(term: str) -> str:
 
 
 def _relate(view: View) -> Relation:
+    """its equation"""
     inputs, output = terms(view)
     text = f"{', '.join(_notation(term) for term in inputs)} -> {_notation(output)}"
     return resolve(text, view.shapes(view.inputs), view.shapes(view.outputs))

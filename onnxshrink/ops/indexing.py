@@ -58,6 +58,7 @@ def along_axes(axes: Callable[[View], Iterable[int]], resized: bool = False) -> 
     """A relation of the first input and the outputs: some axes stay whole (or change their extent), others pass."""
 
     def relate(view: View) -> Relation:
+        """Some axes stay whole, the others pass through."""
         chosen = set(axes(view))
         left = " ".join(names(view.data().rank, chosen))
         right = " ".join(names(view.data().rank, chosen, "[xo]" if resized else "[x]"))
@@ -96,6 +97,7 @@ def _else_whole(view: View, found: Known | None) -> list[Known | None]:
 
 
 def _gather(view: View) -> Relation:
+    """`*a x *b, *j -> *a *j *b`: `x` stays whole unless the indices are known."""
     axis, rank = axis_of(view), view.data().rank
     own = "[x]" if indices_of(view, 1, axis) is None else "x"
     left = names(rank, [axis], own)
@@ -205,6 +207,7 @@ def _elements(view: View) -> tuple[str, str]:
 
 
 def _gather_elements(view: View) -> Relation:
+    """The indexed axis stays whole, and axes along which the indices are shorter; the others pass through."""
     data, indices = _elements(view)
     return resolved(view, f"{data}, {indices} -> {indices}")
 
@@ -230,6 +233,7 @@ register(
 
 
 def _scatter_elements(view: View) -> Relation:
+    """The indexed axis stays whole, and axes along which the indices are shorter; the others pass through."""
     data, indices = _elements(view)
     return resolved(view, f"{data}, {indices}, {indices} -> {data}")
 
@@ -277,6 +281,7 @@ def _depth(view: View) -> int:
 
 
 def _gather_nd(view: View) -> Relation:
+    """`*b [*x] *a, *b *j [m] -> *b *j *a`"""
     batch, depth = int(view.attribute("batch_dims", 0)), _depth(view)
     data = names(view.data().rank, range(batch, batch + depth))
     picks = [*data[:batch], *(f"j{p}" for p in range(batch, view.data(1).rank - 1))]
@@ -320,6 +325,7 @@ register(Rule("GatherND", relate=_gather_nd, forward=_gather_nd_forward, backwar
 
 
 def _scatter_nd(view: View) -> Relation:
+    """`[*x] *a, *j [m], *j *a -> [*x] *a`"""
     depth = _depth(view)
     data = names(view.data().rank, range(depth))
     picks = " ".join(f"j{p}" for p in range(view.data(1).rank - 1))
@@ -346,6 +352,7 @@ register(Rule("ScatterND", relate=_scatter_nd, forward=_scatter_nd_forward, back
 
 
 def _tensor_scatter(view: View) -> Relation:
+    """`n *a [x] *b, n *a [u] *b, n -> n *a [x] *b`"""
     axis, rank = axis_of(view, -2), view.data().rank
     cache, update = " ".join(names(rank, [axis])), " ".join(names(rank, [axis], "[xu]"))
     lengths = ", a0" if view.input(2) is not None else ""

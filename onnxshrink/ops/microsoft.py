@@ -13,10 +13,9 @@ import numpy as np
 from onnxshrink.facts import Known, along, partial
 from onnxshrink.families import needed_by_relation, pointwise
 from onnxshrink.notation import Relation, elementwise, resolve
-from onnxshrink.ops.normalization import rms_rule
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import View
-from onnxshrink.weights import Array, BoolArray, any_along
+from onnxshrink.weights import Array, BoolArray, all_along, any_along
 
 _DOMAIN = "com.microsoft"
 UNARY = "Gelu QuickGelu"
@@ -33,8 +32,6 @@ def _broadcast(view: View) -> Relation:
 for _word in BROADCAST.split():
     # A bias must stay a vector: nothing is absorbed.
     register(Rule(_word, _DOMAIN, relate=_broadcast, forward=pointwise))
-
-register(rms_rule("SimplifiedLayerNormalization", _DOMAIN))
 
 
 # --- Skip norms: a sum, normalised; the sum is an output too ----------------------------------------------------
@@ -107,11 +104,10 @@ class Skip:
         extent = view.data().extent(view.data().rank - 1)
         if extent is None or view.outputs[0] is None or not view.live(0).any():
             return []
-        unknown = np.ones(1, np.bool_)
+        wanted = np.ones(extent, np.bool_)
         if total is not None:
             zero = total.zero()
-            unknown = ~zero.all(axis=tuple(range(zero.ndim - 1)))
-        wanted = np.array(np.broadcast_to(unknown, (extent,)))
+            wanted &= ~all_along(zero, tuple(range(zero.ndim - 1)))
         return [Keep(s, view.data(s).rank - 1, wanted, "the norm's divisor reads it") for s in self.terms]
 
     def rewrite(self) -> Rewrite:

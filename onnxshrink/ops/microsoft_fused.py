@@ -51,7 +51,7 @@ class Fused:
         """`[column, input]`: where the weights are not zero."""
         weights = self.view.data(_WEIGHTS).constant
         assert weights is not None
-        return weights.nonzero((0, 1)).T
+        return np.asarray(weights.nonzero((0, 1)).T)
 
     def _linear(self, pattern: BoolArray) -> Linear:
         bias = self.view.input(_BIAS)
@@ -61,17 +61,16 @@ class Fused:
         """Per column of the weights: whether it gives one constant, and which."""
         operand = self.view.input(_BIAS)
         bias = Known(np.ones(1, np.bool_), operand.known.value[columns]) if operand is not None else None
-        weights = self.view.data(_WEIGHTS).known.value
-        dtype = weights.dtype
+        dtype = self.view.data(_WEIGHTS).dtype or np.dtype(np.float32)
 
         def weigh(inputs: BoolArray) -> Array:
-            return weights[inputs][:, columns].T.astype(np.float64)
+            part = self.view.data(_WEIGHTS).known.value[inputs]
+            return np.asarray(part[:, columns].T.astype(np.float64))
 
-        found = known_result(self._linear(self._nonzero[columns]), bias, weigh, 1 + 2, dtype)
+        found = known_result(self._linear(self._nonzero[columns]), bias, weigh, 3, dtype)
         if found is None:
             return np.zeros(columns.size, np.bool_), np.zeros(columns.size, dtype)
-        shape = (columns.size,)
-        return tuple(np.broadcast_to(a.reshape(-1), shape) for a in (found.mask, found.value))  # type: ignore[return-value]
+        return found.mask.reshape(-1), found.value.reshape(-1)
 
     @cached_property
     def useful(self) -> BoolArray:
@@ -80,7 +79,7 @@ class Fused:
             return np.ones(self.query.shape, np.bool_)
         queries, value = self._projected(self.query.reshape(-1))
         keys, _ = self._projected(self.key.reshape(-1))
-        return ~((queries & (value == 0)) | keys).reshape(self.query.shape)
+        return np.asarray(~((queries & (value == 0)) | keys).reshape(self.query.shape))
 
     def forward(self) -> Known | None:
         """A mean of equal values is that value."""

@@ -33,6 +33,7 @@ def _scaled_axis(view: View) -> int | None:
 
 
 def _scale_relation(view: View) -> Relation:
+    """`*a c *b, c, c -> *a c *b`, or one scale for all."""
     axis = _scaled_axis(view)
     axes = " ".join(f"a{position}" for position in range(view.data().rank))
     scales = [f"a{axis}" if axis is not None else "1" if o is not None and o.rank else "" for o in view.inputs[1:]]
@@ -171,6 +172,7 @@ def _known_zero_output(view: View, unknown: BoolArray) -> Known | None:
 
 
 def _matmul_relation(view: View) -> Relation:
+    """`*b m k, *b k n -> *b m n`, scales and zero points one for all or per `m`, per `n`"""
     slots = _SLOTS[view.node.op]
     if min(view.data(slots.left).rank, view.data(slots.right).rank) < 2:
         raise UnresolvedError("a product with a vector")
@@ -239,6 +241,7 @@ def _depthwise(view: View) -> bool:
 
 
 def _conv_relation(view: View) -> Relation:
+    """`n i [*x], o i [*k] -> n o [*y]`, or depthwise; scales and zero points one for all or per `o`"""
     slots = _SLOTS[view.node.op]
     data, weights = view.data(slots.left), view.data(slots.right)
     if weights.constant is None:

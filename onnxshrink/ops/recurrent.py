@@ -215,6 +215,7 @@ class Layer:
 
 
 def _relate(view: View) -> Relation:
+    """X `[t] n i`, W `d ([g] h) i`, R `d ([g] h) h`, B `d ([b] h)`, states `d n h`, Y `[t] d n h`"""
     for slot, what in ((_WEIGHTS, "weights"), (_RECURRENT, "recurrent weights")):
         if view.data(slot).constant is None:
             raise UnresolvedError(f"its {what} are computed")

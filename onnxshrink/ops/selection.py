@@ -36,6 +36,7 @@ register(Rule("TopK", relate=along_axes(_last, resized=True), forward=_top_k_for
 
 
 def _compress(view: View) -> Relation:
+    """The axis that is selected from stays whole, the others pass through."""
     if "axis" not in view.node.attributes:
         return all_pinned(view)
     return along_axes(lambda v: [axis_of(v)], resized=True)(view)
@@ -60,6 +61,7 @@ for _op in ("NonZero", "Unique", "AffineGrid"):
 
 
 def _one_hot(view: View) -> Relation:
+    """`*a, d, v -> *a [x]`, the new axis where the attribute says."""
     rank = view.data().rank
     axis = int(view.attribute("axis", -1)) % (rank + 1)
     left = names(rank)
@@ -96,6 +98,7 @@ def _time(view: View) -> int:
 
 
 def _reverse(view: View) -> Relation:
+    """`[t] n *a, n -> [t] n *a`, or the batch first."""
     rank = view.data().rank
     axes = " ".join(names(rank, [_time(view)]))
     batch = int(view.attribute("batch_axis", 1)) % rank
@@ -155,6 +158,7 @@ register(Rule("Trilu", since=14, relate=along_axes(_last_two), forward=_trilu_fo
 
 
 def _determinant(view: View) -> Relation:
+    """`*a [x] [y] -> *a`"""
     batch = " ".join(f"a{axis}" for axis in range(view.data().rank - 2))
     return resolved(view, f"{batch} [x] [y] -> {batch}")
 
@@ -175,6 +179,7 @@ def _repeats(view: View) -> list[int | None]:
 
 
 def _tile(view: View) -> Relation:
+    """`a b -> ([r] a) ([s] b)`"""
     left, right = [], []
     for axis, repeat in enumerate(_repeats(view)):
         extents = view.data().extent(axis), view.output().extent(axis)
@@ -213,6 +218,7 @@ register(Rule("Tile", since=6, relate=_tile, forward=_tile_forward))
 
 
 def _fill_relation(view: View) -> Relation:
+    """`[s] -> *a`: as large as its readers want."""
     axes = " ".join(f"a{axis}" for axis in range(view.output().rank))
     return resolve(f"[s] -> {axes}", view.shapes(view.inputs), view.shapes(view.outputs))
 
@@ -306,6 +312,7 @@ register(
 
 
 def _col2im(view: View) -> Relation:
+    """`n (c [k]) [l], s, k -> n c [*y]`"""
     block = view.ints(2)
     if block is None:
         raise UnresolvedError("the shape of its blocks is computed")

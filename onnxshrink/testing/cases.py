@@ -158,9 +158,13 @@ class _Frame:
 
     def dead(self, extent: int) -> Array:
         """Which indices of an axis are dead: some, sometimes none, never all."""
-        mask = self.rng.random(extent) < self.rng.choice([0.0, 0.4, 0.6])
+        mask = self.rng.random(extent) < self.rng.choice([0.0, 0.5, 0.5, 0.7])
         mask[int(self.rng.integers(extent))] = False
         return np.asarray(mask)
+
+    def axis(self, rank: int) -> int:
+        """An axis, most often that of channels."""
+        return 1 if rank > 1 and self.chance(0.6) else int(self.rng.integers(rank))
 
     def along(self, vector: Array, axis: int, rank: int, dtype: np.dtype[np.generic]) -> Array:
         return vector.reshape([-1 if a == axis else 1 for a in range(rank)]).astype(dtype)
@@ -176,7 +180,7 @@ class _Frame:
             return
         array = np.nan_to_num(array, nan=1.0, posinf=1.0, neginf=-1.0)
         roles = ["grown", "killed", "free", "constant"]
-        role = self.rng.choice(roles, p=[0.5, 0.3, 0.15, 0.05] if first else [0.2, 0.15, 0.15, 0.5])
+        role = self.rng.choice(roles, p=[0.6, 0.25, 0.1, 0.05] if first else [0.2, 0.15, 0.15, 0.5])
         if array.ndim == 0 and role in ("grown", "killed"):
             role = "free"
         {"grown": self.grow, "killed": self.kill, "constant": self.fix, "free": self.feed_input}[str(role)](name, array)
@@ -184,13 +188,13 @@ class _Frame:
     def fix(self, name: str, array: Array) -> str:
         """A weight with dead slices."""
         if array.ndim:
-            axis = int(self.rng.integers(array.ndim))
+            axis = int(self.rng.integers(min(array.ndim, 2) if self.chance(0.8) else array.ndim))
             array = np.where(self.along(self.dead(array.shape[axis]), axis, array.ndim, np.dtype(np.bool_)), 0, array)
         return self.constant(name, array.astype(self.case.inputs[name].dtype))
 
     def kill(self, name: str, array: Array) -> str:
         """`x * keep + value`: elements of a slice hold a constant."""
-        axis = int(self.rng.integers(array.ndim))
+        axis = self.axis(array.ndim)
         keep = ~self.dead(array.shape[axis])
         value = np.where(keep, 0, self.rng.choice(array.reshape(-1), keep.size))
         if self.chance(0.4):
@@ -200,7 +204,7 @@ class _Frame:
 
     def grow(self, name: str, array: Array) -> str:
         """`x[..., :1, ...] * w + b`: an axis that nothing but weights makes, so that its dead indices can leave."""
-        axis = 1 if array.ndim > 1 and self.chance(0.5) else int(self.rng.integers(array.ndim))
+        axis = self.axis(array.ndim)
         dead = self.dead(array.shape[axis])
         weights = np.where(dead, 0, self.rng.uniform(0.5, 1.0, dead.size))
         value = np.where(dead, self.rng.choice(array.reshape(-1), dead.size), 0)
@@ -224,7 +228,7 @@ class _Frame:
         if not is_floating(array) or array.ndim == 0 or array.size == 0 or self.chance(0.2):
             self._declare(name, array, array.shape)
         elif array.ndim == 1 or self.chance(0.4):
-            axis = int(self.rng.integers(array.ndim))
+            axis = self.axis(array.ndim)
             mask = self.along(~self.dead(array.shape[axis]), axis, array.ndim, array.dtype)
             self.after.append(helper.make_node("Mul", [name, self.constant(f"{name}_mask", mask)], [f"{name}_masked"]))
             self._declare(f"{name}_masked", array, array.shape)
@@ -233,7 +237,7 @@ class _Frame:
 
     def _contract(self, name: str, array: Array) -> None:
         """A product along a random axis, with zero rows."""
-        axis = 1 if self.chance(0.5) else int(self.rng.integers(array.ndim))
+        axis = self.axis(array.ndim)
         order = [a for a in range(array.ndim) if a != axis] + [axis]
         weights = self.rng.standard_normal((array.shape[axis], 2)).astype(array.dtype)
         weights[self.dead(array.shape[axis])] = 0

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from models import build, check_same, dead, draw, operators, shapes, shrunk, weight
+from models import Array, build, check_same, dead, draw, operators, shapes, shrunk, weight
 
 from onnxshrink.analyse import Analysis, analyse
 from onnxshrink.graph import Graph
@@ -223,3 +223,172 @@ def test_indices_are_right_wherever_the_result_is_computed() -> None:
     assert facts(model).needed["i"].all()
     check_same(model, shrunk(model), x=draw(2, 2), i=np.array([1, 0]))
     assert "Gather" in operators(shrunk(model))
+
+
+# --- More of Gather ---------------------------------------------------------------------------------------------
+
+
+def ids_of(*values: int) -> Array:
+    return np.array(values, np.int64)
+
+
+def embedding(table: Array, head: Array) -> onnx.ModelProto:
+    text = "g (int64[N, S] ids) => (float[N, S, 2] y) { e = Gather(table, ids) y = MatMul(e, head) }"
+    return build(text, table=table, head=head)
+
+
+def test_a_column_that_differs_in_one_row_stays() -> None:
+    """Three rows are compared first; the one that differs is none of them."""
+    table = np.zeros((9, 5), np.float32)
+    table[:, [0, 1, 2, 4]] = draw(9, 4)
+    table[5, 3] = 0.1
+    big = embedding(table, draw(5, 2))
+    assert shapes(shrunk(big)) == shapes(big)
+
+
+def test_indices_along_another_axis_than_the_first() -> None:
+    """Columns are picked by index and stay; rows pass through."""
+    text = "g (int64[K] ids) => (float[2, K] y) { e = Gather <axis = -1> (table, ids) y = MatMul(head, e) }"
+    big = build(text, table=dead(draw(5, 7), 2), head=dead(draw(2, 5), 4, axis=1))
+    small = shrunk(big)
+    assert shapes(small) == {"table": (3, 7), "head": (2, 3)}
+    check_same(big, small, ids=ids_of(6, 0, -2))
+
+
+def picking(picks: Array, first: Array, head: Array, axis: int = 1) -> onnx.ModelProto:
+    text = f"g (float[N, 3] x) => (float[N, 2] y) {{ h = MatMul(x, first) p = Gather <axis = {axis}> (h, picks) "
+    return build(text + "y = MatMul(p, head) }", first=first, picks=picks, head=head)
+
+
+def test_picks_that_nothing_reads_leave_with_what_they_pick() -> None:
+    big = picking(ids_of(5, 0, 3, 0), draw(3, 6), dead(draw(4, 2), 0, 3))
+    small = shrunk(big)
+    assert shapes(small) == {"first": (3, 2), "picks": (2,), "head": (2, 2)}
+    np.testing.assert_array_equal(weight(small, "picks"), [0, 1])
+    check_same(big, small, x=draw(4, 3))
+
+
+def test_a_free_axis_is_picked_from_whole() -> None:
+    """The first token, as a classifier takes it: features pass through."""
+    text = "g (float[N, S, 3] x) => (float[N, 2] y) { h = MatMul(x, first) p = Gather <axis = 1> (h, pick) "
+    big = build(text + "y = MatMul(p, head) }", first=dead(draw(3, 6), 1, axis=1), pick=np.array(0), head=draw(6, 2))
+    small = shrunk(big)
+    assert shapes(small) == {"first": (3, 5), "pick": (), "head": (5, 2)}
+    check_same(big, small, x=draw(2, 5, 3))
+
+
+def test_a_target_put_together_from_gathered_extents_is_rewritten() -> None:
+    """Four heads of two, the second and the last of which nothing reads; batch and steps are free."""
+    text = """
+        g (float[N, S, 3] x) => (float[N, S, 2] y) {
+            h = MatMul(x, first)
+            s = Shape(h)
+            n = Gather(s, zero) t = Gather(s, one) c = Gather(s, two)
+            n1 = Unsqueeze(n, axis) t1 = Unsqueeze(t, axis) d = Div(c, heads) d1 = Unsqueeze(d, axis)
+            target = Concat <axis = 0> (n1, t1, four, d1)
+            r = Reshape(h, target)
+            e = Softmax <axis = -1> (r)
+            back = Concat <axis = 0> (n1, t1, last)
+            f = Reshape(e, back)
+            y = MatMul(f, head)
+        }
+    """
+    numbers = {"zero": np.array(0), "one": np.array(1), "two": np.array(2), "axis": ids_of(0), "heads": np.array(4)}
+    numbers |= {"four": ids_of(4), "last": ids_of(-1)}
+    big = build(text, first=draw(3, 8), head=dead(draw(8, 2), 2, 3, 6, 7), **numbers)
+    small = shrunk(big)
+    assert shapes(small)["first"] == (3, 4)
+    assert shapes(small)["head"] == (4, 2)
+    for batch, steps in ((1, 4), (3, 2)):
+        check_same(big, small, x=draw(batch, steps, 3))
+
+
+def test_an_index_that_is_computed_stays_one() -> None:
+    """Only the second of two picks is read; both are made by one product, and both must point into the table."""
+    text = """
+        g (float[N, 3] x) => (float[N, 2] y) {
+            f = MatMul(x, way) c = Clip(f, low, high) i = Cast <to = 7> (c) e = Gather(table, i) r = Flatten(e)
+            y = MatMul(r, head)
+        }
+    """
+    limits = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+    big = build(text, way=draw(3, 2), table=draw(7, 4), head=dead(draw(8, 2), 0, 1, 2, 3), **limits)
+    small = shrunk(big)
+    assert shapes(small)["way"] == (3, 1)
+    assert shapes(small)["head"] == (4, 2)
+    check_same(big, small, x=9 * draw(5, 3))
+
+
+# --- What the indices leave alone -------------------------------------------------------------------------------
+
+FEATURES = 6
+HEAD = (
+    "g (float[2, 4, 3] x, {inputs}) => (float[2, {steps}, 2] y) {{ h = MatMul(x, first) {body} y = MatMul(z, head) }}"
+)
+
+
+def featured(body: str, inputs: str, steps: int = 4, opset: int = 18, **weights: Array) -> onnx.ModelProto:
+    """Features 1 and 4 of `h` are zero, features 0 and 5 of `z` are not read: 2 and 3 are what counts."""
+    first, head = dead(draw(3, FEATURES), 1, 4, axis=1), dead(draw(FEATURES, 2), 0, 5)
+    text = HEAD.format(inputs=inputs, steps=steps, body=body)
+    return build(text, opset=opset, ir=10, first=first, head=head, **weights)
+
+
+X = draw(2, 4, 3)
+WIDE = {"wide": ids_of(2, 3, FEATURES)}
+PICKS = np.array([[[3], [0], [1]], [[0], [2], [1]]])
+
+
+def test_elements_gathered_along_features_keep_them() -> None:
+    big = featured("z = GatherElements <axis = 2> (h, ids)", f"int64[2, 4, {FEATURES}] ids")
+    small = shrunk(big)
+    assert shapes(small)["first"] == (3, FEATURES)
+    check_same(big, small, x=X, ids=np.random.default_rng(0).integers(0, FEATURES, (2, 4, FEATURES)))
+
+
+def test_an_update_other_than_zero_keeps_a_feature() -> None:
+    body = "i = Expand(ids, wide) z = ScatterElements <axis = 1> (h, i, u)"
+    updates = dead(draw(2, 3, FEATURES, seed=4), 4, axis=2)
+    big = featured(body, "int64[2, 3, 1] ids", u=updates, **WIDE)
+    small = shrunk(big)
+    assert shapes(small)["head"] == (3, 2)
+    assert shapes(small)["u"] == (2, 3, 3)
+    check_same(big, small, x=X, ids=PICKS)
+
+
+def test_features_scattered_by_index_stay() -> None:
+    body = "z = ScatterND(h, ids, v)"
+    big = featured(body, "int64[2, 3] ids, float[2] v")
+    small = shrunk(big)
+    assert shapes(small)["first"] == (3, FEATURES)
+    check_same(big, small, x=X, v=draw(2), ids=np.array([[0, 3, 5], [1, 0, 1]]))
+
+
+def test_a_reshape_target_with_scattered_extents() -> None:
+    """Extents written in a shape at known places stay known."""
+    text = """
+        g (float[N, 3] x) => (float[N, 2] y) {
+            h = MatMul(x, first) s = Shape(h) t = ScatterND(s, place, four) w = Concat <axis = 0> (t, two)
+            r = Reshape(h, w) q = Softmax <axis = 2> (r) f = Flatten(q) y = MatMul(f, head)
+        }
+    """
+    numbers = {"place": np.array([[1]]), "four": ids_of(4), "two": ids_of(2)}
+    big = build(text, opset=18, first=draw(3, 8), head=dead(draw(8, 2), 0, 1, 4, 5), **numbers)
+    small = shrunk(big)
+    assert shapes(small)["first"] == (3, 4)
+    assert shapes(small)["head"] == (4, 2)
+    check_same(big, small, x=draw(5, 3))
+
+
+@pytest.mark.parametrize("mode", ["linear", "circular"])
+def test_a_cache_updated_in_place(mode: str) -> None:
+    text = f"""
+        g (float[2, 1, 4, 3] x, float[2, 1, 2, 3] v, int64[2] at) => (float[2, 1, 4, 2] y) {{
+            h = MatMul(x, first) u = MatMul(v, first) z = TensorScatter <mode = "{mode}"> (h, u, at) y = MatMul(z, head)
+        }}
+    """
+    first, head = dead(draw(3, FEATURES), 1, 4, axis=1), dead(draw(FEATURES, 2), 0, 5)
+    big = build(text, opset=24, ir=10, first=first, head=head)
+    small = shrunk(big)
+    assert shapes(small) == {"first": (3, 2), "head": (2, 2)}
+    check_same(big, small, x=draw(2, 1, 4, 3), v=draw(2, 1, 2, 3, seed=1), at=ids_of(2, 0))

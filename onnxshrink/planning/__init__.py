@@ -1,0 +1,1 @@
+"""How a plan is made: sets that only grow, until they agree with every node. Names no operator."""

@@ -1,0 +1,158 @@
+"""When nothing grows by itself: representatives, shared weights, empty axes; then the plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from onnxshrink.analyse import Analysis
+from onnxshrink.facts import everything, project
+from onnxshrink.graph import Node
+from onnxshrink.planning.agreement import Agreement, block_cost
+from onnxshrink.planning.data import Cause, Kept, Plan
+from onnxshrink.weights import BoolArray
+
+
+class Planner(Agreement):
+    """The sets from start to plan."""
+
+    def __init__(self, analysis: Analysis, apart: set[int]) -> None:
+        super().__init__(analysis, apart)
+        self.shared = _shared_constants(analysis, self.nodes)
+
+    def settle(self) -> bool:
+        """Ask for representatives of constants, then for one index where an axis has none. True if that grew a set."""
+        grown = False
+        for node in self.nodes:
+            rule = self.analysis.rules[node.index]
+            if rule is not None and rule.represent is not None and self.working(node):
+                grown |= self._retain(node, rule.represent(self.view(node)))
+                self.grow()
+        return grown or self._share() or self._fill()
+
+    def _share(self) -> bool:
+        """Let the uses of one constant agree where the copies would be larger than what they agree on."""
+        uses: dict[str, list[tuple[Node, int, Kept]]] = {}
+        for node in self.nodes:
+            names = [n for n in node.inputs if n in self.shared]
+            if names and self.working(node):
+                view = self.view(node)
+                for slot, name in enumerate(node.inputs):
+                    if name in names:
+                        uses.setdefault(name, []).append((node, slot, list(view.kept[slot])))
+        grown = False
+        for name, found in uses.items():
+            together = _agreed([kept for _, _, kept in found])
+            if together is not None:
+                for node, slot, _ in found:
+                    grown |= self._grow_constant(node, slot, name, together)
+        return grown
+
+    def _grow_constant(self, node: Node, slot: int, constant: str, wanted: list[BoolArray]) -> bool:
+        """Let a use of a constant keep more, by growing the computed operands that share its factors."""
+        relation, grown = self.analysis.relations[node.index], False
+        cause = Cause(node.label, constant, f"{constant} is shared, and a copy would be larger")
+        for axis, factors in enumerate(relation.spec(slot) or ()):
+            if len(factors) != 1 or factors[0] in relation.links or relation.ragged:
+                continue
+            for other, spec in relation.slots():
+                name = self.slot_name(node, other)
+                for position, theirs in enumerate(spec):
+                    if name is not None and theirs == factors:
+                        grown |= self._add(name, position, wanted[axis], cause)
+        return grown
+
+    def _fill(self) -> bool:
+        for name in self.kept:
+            if name not in self.present:
+                continue
+            for axis, kept in enumerate(self.kept[name]):
+                if kept is not None and kept.size and not kept.any():
+                    first = np.zeros_like(kept)
+                    first[0] = True
+                    self._add(name, axis, first, Cause("", name, "an axis keeps at least one index"))
+                    return True
+        return False
+
+    def misjoined(self) -> set[int]:
+        """Nodes whose groups were joined, and would now be smaller apart: more is kept than when that was decided."""
+        found = set()
+        for node in self.nodes:
+            relation = self.analysis.relations[node.index]
+            if node.index not in self.blocks or not self.working(node):
+                continue
+            (factor,) = relation.ragged
+            groups = relation.sizes[factor] or 1
+            grids = [grid.sum(axis=1) for _, _, grid in self._grids(node, relation, factor, groups)]
+            blocks = self.blocks[node.index]
+            if blocks < groups and block_cost(grids, groups) <= block_cost(grids, blocks):
+                found.add(node.index)
+        return found
+
+    def careless(self) -> set[int]:
+        """Nodes with a partial function that keep elements which neither count nor are known: those could be anything.
+
+        The set only ever grows, and is nearly always empty.
+        """
+        found = set()
+        for node in self.nodes:
+            rule = self.analysis.rules[node.index]
+            if rule is None or not rule.partial or node.index in self.analysis.throughout or not self.working(node):
+                continue
+            if any(self._keeps_unknown(name) for name in node.outputs if name in self.present):
+                found.add(node.index)
+        return found
+
+    def _keeps_unknown(self, name: str) -> bool:
+        known, live = self.analysis.known.get(name), self.analysis.live(name)
+        rest = ~known.mask if known is not None else everything(live.ndim)
+        for axis, kept in enumerate(self.kept[name]):
+            if kept is not None:
+                idle = kept & ~project(live, axis, kept.size) & project(rest, axis, kept.size)
+                if idle.any():
+                    return True
+        return False
+
+    def finish(self) -> Plan:
+        settled = {n.index: self.settled[n.index] for n in self.nodes if n.index in self.settled and self.active(n)}
+        plan = Plan(self.kept, self.present, settled=settled, causes=self.causes, cause=self.cause)
+        for node in self.nodes:
+            if not self.working(node):
+                continue
+            rule, view = self.analysis.rules[node.index], self.view(node)
+            plan.frozen[node.index] = self.frozen[node.index]
+            if node.index in self.blocks:
+                plan.blocks[node.index] = self.blocks[node.index]
+                view = replace(view, blocks=self.blocks[node.index])
+            plan.constants[node.index] = {
+                slot: view.kept[slot]
+                for slot in range(len(view.inputs))
+                if self._raw_name(node, slot) is None and slot in view.kept
+            }
+            if rule is not None and rule.fold is not None:
+                plan.folds[node.index] = dict(rule.fold(view))
+        return plan
+
+
+def _shared_constants(analysis: Analysis, nodes: list[Node]) -> set[str]:
+    """Constants of more than one dimension that several inputs read."""
+    counts = Counter(name for node in nodes for name in node.inputs if name in analysis.constants)
+    return {name for name, count in counts.items() if count > 1 and len(analysis.constants[name].shape) > 1}
+
+
+def _agreed(uses: list[Kept]) -> list[BoolArray] | None:
+    """What the uses of a constant keep together, if that is smaller than the copies that they would need."""
+    sizes = {}
+    for kept in uses:
+        masks = [mask for mask in kept if mask is not None]
+        sizes[tuple(mask.tobytes() for mask in masks)] = int(np.prod([mask.sum() for mask in masks], dtype=np.int64))
+    if len(sizes) < 2 or any(mask is None for kept in uses for mask in kept):
+        return None
+    union = [
+        np.any(np.stack([mask for kept in uses if (mask := kept[axis]) is not None]), axis=0)
+        for axis in range(len(uses[0]))
+    ]
+    size = int(np.prod([mask.sum() for mask in union], dtype=np.int64))
+    return union if size < sum(sizes.values()) else None

@@ -1,0 +1,146 @@
+"""What every tensor keeps, as it grows: where the sets start, and what is told when one grows."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from onnxshrink.analyse import Analysis
+from onnxshrink.facts import project
+from onnxshrink.graph import Node
+from onnxshrink.notation import axis_of
+from onnxshrink.planning.constants import freeze, settle
+from onnxshrink.planning.data import INTERFACE, LIVE, Cause, Kept
+from onnxshrink.weights import Array, BoolArray
+
+
+class Sets:
+    """The growing sets.
+
+    Attributes:
+        kept, cause, causes, present: as in the plan.
+        frozen: per node index, per input, the compressed constant that takes the place of a computed tensor.
+        settled: per node index, the constants that take the place of its outputs.
+        free: per tensor, per axis, positions that no input fills.
+        users: per tensor, its producer and its readers.
+    """
+
+    def __init__(self, analysis: Analysis, apart: set[int]) -> None:
+        self.analysis = analysis
+        self._apart = apart
+        self.nodes = analysis.nodes()
+        self.kept: dict[str, Kept] = {}
+        self.cause: dict[str, list[Array | None]] = {}
+        self.causes = [LIVE, INTERFACE]
+        self.present: set[str] = set()
+        self.frozen: dict[int, dict[int, Array]] = {}
+        self.settled: dict[int, list[Array]] = {}
+        self.free: dict[str, dict[int, BoolArray]] = {}
+        self.users: dict[str, list[Node]] = {}
+        self.queue: deque[Node] = deque()
+        self.queued: set[int] = set()
+
+    def start(self) -> None:
+        for name in self.analysis.graph.inputs:
+            self._start_tensor(name)
+        for node in self.nodes:
+            for name in (*node.inputs, *node.outputs):
+                if name and name not in self.analysis.constants:
+                    self.users.setdefault(name, []).append(node)
+                    self._start_tensor(name)
+        interface = (*self.analysis.graph.inputs, *self.analysis.graph.outputs)
+        for name in interface:
+            if name in self.kept:
+                self._keep_all(name)
+        for node in self.nodes:
+            values = settle(self.analysis, node)
+            if values is not None:
+                self.settled[node.index] = values
+            self.frozen[node.index] = freeze(self.analysis, node)
+            self._find_free(node)
+        for node in reversed(self.nodes):
+            self._enqueue(node)
+
+    def _start_tensor(self, name: str) -> None:
+        if name in self.kept:
+            return
+        shape, live = self.analysis.shape(name), self.analysis.live(name)
+        kept: Kept = []
+        for axis, extent in enumerate(shape or ()):
+            kept.append(project(live, axis, extent) if isinstance(extent, int) else None)
+        self.kept[name] = kept
+        self.cause[name] = [None if k is None else np.where(k, 0, -1).astype(np.int32) for k in kept]
+        if shape is None or live.any():
+            self.present.add(name)
+
+    def _keep_all(self, name: str) -> None:
+        self.present.add(name)
+        for axis, kept in enumerate(self.kept[name]):
+            if kept is not None:
+                self._add(name, axis, np.ones_like(kept), INTERFACE)
+
+    def _find_free(self, node: Node) -> None:
+        """Positions of a linked axis that no input fills."""
+        relation = self.analysis.relations[node.index]
+        for factor, links in relation.links.items():
+            for output in {link.output for link in links}:
+                size = relation.sizes[f"{factor}@{output}"]
+                unfilled = np.ones(size or 0, np.bool_)
+                for link in links:
+                    if link.output == output:
+                        unfilled[link.target] = False
+                if unfilled.any():
+                    axes = self.free.setdefault(node.outputs[-1 - output], {})
+                    axes[axis_of(relation, output, factor)] = unfilled
+
+    def _enqueue(self, node: Node) -> None:
+        if node.index not in self.queued:
+            self.queued.add(node.index)
+            self.queue.append(node)
+
+    def _touch(self, name: str) -> None:
+        for node in self.users.get(name, ()):
+            self._enqueue(node)
+
+    def _add(self, name: str, axis: int, indices: BoolArray, cause: Cause) -> bool:
+        kept = self.kept[name][axis]
+        if kept is None:
+            return False
+        new = indices & ~kept
+        if not new.any():
+            return False
+        if cause not in self.causes[-1:]:
+            self.causes.append(cause)
+        numbers = self.cause[name][axis]
+        assert numbers is not None
+        numbers[new] = len(self.causes) - 1
+        kept |= new
+        self._touch(name)
+        return True
+
+    def _appear(self, name: str) -> None:
+        if name not in self.present:
+            self.present.add(name)
+            self._touch(name)
+
+    def active(self, node: Node) -> bool:
+        """Whether the node is computed at all."""
+        return any(name in self.present for name in node.outputs)
+
+    def working(self, node: Node) -> bool:
+        """Whether the node is computed by its operator, and not replaced by a constant."""
+        return node.index not in self.settled and self.active(node)
+
+    def slot_name(self, node: Node, slot: int) -> str | None:
+        """The computed tensor at a slot; None for constants, frozen inputs and tensors that are not there."""
+        names = node.inputs if slot >= 0 else node.outputs
+        name = names[slot if slot >= 0 else -1 - slot]
+        if name not in self.kept or (slot >= 0 and slot in self.frozen[node.index]):
+            return None
+        return name if name in self.present else None
+
+    def _raw_name(self, node: Node, slot: int) -> str | None:
+        names = node.inputs if slot >= 0 else node.outputs
+        name = names[slot if slot >= 0 else -1 - slot]
+        return name if name in self.kept and slot not in self.frozen[node.index] else None
