@@ -143,10 +143,22 @@ def _reach(relation: Relation, slot: int, operand: Operand, live: list[tuple[int
 
 
 def spread(relation: Relation, slot: int, mask: BoolArray) -> BoolArray:
-    """`mask` with "any" along every axis that has a pinned factor."""
-    spec = relation.spec(slot) or ()
-    axes = tuple(a for a, factors in enumerate(spec) if mask.shape[a] > 1 and relation.pinned & set(factors))
-    return any_along(mask, axes, keepdims=True) if axes else mask
+    """`mask` with "any" along every pinned factor."""
+    for axis, factors in enumerate(relation.spec(slot) or ()):
+        if mask.shape[axis] > 1 and relation.pinned & set(factors):
+            mask = _spread_axis(relation, factors, mask, axis)
+    return mask
+
+
+def _spread_axis(relation: Relation, factors: tuple[str, ...], mask: BoolArray, axis: int) -> BoolArray:
+    """The pinned ones among the factors of an axis; the whole axis where their extents are not known."""
+    sizes = [relation.sizes.get(factor) or 0 for factor in factors]
+    if len(factors) == 1 or int(np.prod(sizes, dtype=np.int64)) != mask.shape[axis]:
+        return any_along(mask, axis, keepdims=True)
+    apart = mask.reshape((*mask.shape[:axis], *sizes, *mask.shape[axis + 1 :]))
+    pinned = tuple(axis + index for index, factor in enumerate(factors) if factor in relation.pinned)
+    found = np.broadcast_to(any_along(apart, pinned, keepdims=True), apart.shape)
+    return found.reshape(mask.shape)
 
 
 def factors_of(view: View, *slots: int) -> list[BoolArray | None]:

@@ -23,7 +23,7 @@ SINGLE_ONLY = """
     Conv ConvTranspose GlobalLpPool GlobalAveragePool GlobalMaxPool AveragePool LpPool Elu ThresholdedRelu LeakyRelu
     Selu Softplus HardSigmoid HardSwish Mish Gelu Mean LRN MeanVarianceNormalization InstanceNormalization PRelu Erf
     Atan Asinh Softsign Celu Resize GroupNormalization Shrink
-""".split()
+"""
 
 
 class Chooser(Protocol):
@@ -170,7 +170,7 @@ class Builder:
     ) -> list[Tensor]:
         """Append a node; shapes come from onnx. Raises Rejected when the operator does not take these inputs."""
         names = [t.name if isinstance(t, Tensor) else t or "" for t in inputs]
-        if self.dtype == np.float64 and op in SINGLE_ONLY:
+        if self.dtype == np.float64 and op in SINGLE_ONLY.split():
             raise Rejected
         outputs = [self._name("t") for _ in range(count)]
         given = {name: value for name, value in attributes.items() if value is not None}

@@ -12,8 +12,6 @@ from onnxshrink.registry import rules
 from onnxshrink.testing import Case, Tally, check_rule, node_cases
 from onnxshrink.testing.cases import at_opset
 
-Array = np.ndarray
-
 SEEDS = range(2)
 OLDER_OPSETS = (11, 13, 17)
 # Cases that differ in nothing but a type or a number are many; this many are taken of each operator.
@@ -146,10 +144,10 @@ OTHERS = [
 @pytest.mark.parametrize("one", [*CONVOLUTIONS, *OTHERS], ids=lambda one: str(one.name))
 def test_claims_hold_where_channels_can_leave(one: Case) -> None:
     tally = check_rule(one.model.graph.node[0].op_type, cases=[one], seeds=range(8))
-    assert tally.ran >= 6
+    assert tally.ran >= 7
     assert tally.claiming
 
 
 @pytest.mark.parametrize("one", CONVOLUTIONS, ids=lambda one: str(one.name))
 def test_convolutions_lose_channels(one: Case) -> None:
-    assert check_rule(one.model.graph.node[0].op_type, cases=[one], seeds=range(8)).shrunk >= 3
+    assert check_rule(one.model.graph.node[0].op_type, cases=[one], seeds=range(8, 28)).shrunk >= 2

@@ -43,6 +43,12 @@ class Kernel:
             found = np.ones([self.weights.extent(axis) or 1 for axis in (0, 1)], np.bool_)
         return self.canonical(found)
 
+    def _values(self) -> Array:
+        """All weights at full extent; asked only where every one is known."""
+        value = self.weights.value()
+        assert value is not None
+        return value
+
     def canonical(self, weights: Array) -> Array:
         """Weights as `[group, out, in, ...]`."""
         grouped = weights.reshape(self.groups, weights.shape[0] // self.groups, *weights.shape[1:])
@@ -75,7 +81,7 @@ class Kernel:
 
     def summed(self, channels: BoolArray) -> Array:
         """Weights of some channels, summed over the kernel: `[out, channel]`, zero across groups."""
-        weights = self.canonical(self.weights.known.value)
+        weights = self.canonical(self._values())
         groups, outs, ins = weights.shape[:3]
         chosen = np.flatnonzero(channels)
         group, index = np.divmod(chosen, ins)

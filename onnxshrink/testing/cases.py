@@ -164,7 +164,7 @@ class _Frame:
 
     def axis(self, rank: int) -> int:
         """An axis, most often that of channels."""
-        return 1 if rank > 1 and self.chance(0.6) else int(self.rng.integers(rank))
+        return 1 if rank > 1 and self.chance(0.75) else int(self.rng.integers(rank))
 
     def along(self, vector: Array, axis: int, rank: int, dtype: np.dtype[np.generic]) -> Array:
         return vector.reshape([-1 if a == axis else 1 for a in range(rank)]).astype(dtype)
@@ -180,7 +180,7 @@ class _Frame:
             return
         array = np.nan_to_num(array, nan=1.0, posinf=1.0, neginf=-1.0)
         roles = ["grown", "killed", "free", "constant"]
-        role = self.rng.choice(roles, p=[0.6, 0.25, 0.1, 0.05] if first else [0.2, 0.15, 0.15, 0.5])
+        role = self.rng.choice(roles, p=[0.6, 0.25, 0.1, 0.05] if first else [0.15, 0.1, 0.1, 0.65])
         if array.ndim == 0 and role in ("grown", "killed"):
             role = "free"
         {"grown": self.grow, "killed": self.kill, "constant": self.fix, "free": self.feed_input}[str(role)](name, array)
@@ -225,9 +225,9 @@ class _Frame:
 
     def put_output(self, value: onnx.ValueInfoProto, array: Array) -> None:
         name = value.name
-        if not is_floating(array) or array.ndim == 0 or array.size == 0 or self.chance(0.2):
+        if not is_floating(array) or array.ndim == 0 or array.size == 0 or self.chance(0.15):
             self._declare(name, array, array.shape)
-        elif array.ndim == 1 or self.chance(0.4):
+        elif array.ndim == 1 or self.chance(0.3):
             axis = self.axis(array.ndim)
             mask = self.along(~self.dead(array.shape[axis]), axis, array.ndim, array.dtype)
             self.after.append(helper.make_node("Mul", [name, self.constant(f"{name}_mask", mask)], [f"{name}_masked"]))

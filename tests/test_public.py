@@ -1,0 +1,113 @@
+"""The public names: there, documented, and cheap to import."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import onnxshrink
+
+NAMES = [
+    "DifferenceError",
+    "Equivalence",
+    "InputError",
+    "MaskError",
+    "OnnxshrinkError",
+    "OutputsDiffer",
+    "Report",
+    "RuleError",
+    "ShrinkResult",
+    "__version__",
+    "export",
+    "shrink",
+    "verify",
+]
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_names() -> None:
+    assert set(NAMES) <= set(onnxshrink.__all__)
+    assert onnxshrink.__all__ == sorted(onnxshrink.__all__)
+    assert all(hasattr(onnxshrink, name) for name in onnxshrink.__all__)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "__version__"])
+def test_everything_has_a_docstring(name: str) -> None:
+    assert inspect.getdoc(getattr(onnxshrink, name))
+
+
+def test_version() -> None:
+    assert importlib.metadata.version("onnxshrink") == onnxshrink.__version__
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        (
+            "shrink",
+            "model masks * output verify inputs samples seed align report progress",
+        ),
+        ("verify", "reference candidate * inputs samples seed kept"),
+    ],
+)
+def test_signatures(name: str, parameters: str) -> None:
+    found = inspect.signature(getattr(onnxshrink, name)).parameters.values()
+    positional = [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = [p.name for p in found if p.kind is p.KEYWORD_ONLY]
+    expected_positional, _, expected_keywords = parameters.partition(" * ")
+    assert positional == expected_positional.split()
+    assert set(expected_keywords.split()) <= set(keywords)
+
+
+@pytest.mark.parametrize(
+    ("error", "base", "code"),
+    [
+        ("InputError", "OnnxshrinkError", 2),
+        ("MaskError", "InputError", 2),
+        ("DifferenceError", "OnnxshrinkError", 3),
+        ("OutputsDiffer", "DifferenceError", 3),
+        ("RuleError", "OnnxshrinkError", 4),
+        ("OnnxshrinkError", None, 4),
+    ],
+)
+def test_errors(error: str, base: str | None, code: int) -> None:
+    found = getattr(onnxshrink, error)
+    assert issubclass(found, getattr(onnxshrink, base) if base else Exception)
+    assert found.exit_code == code
+
+
+def test_importing_does_not_import_torch() -> None:
+    assert python("import sys, onnxshrink, onnxshrink.cli; print('torch' in sys.modules)") == "False"
+
+
+def test_functions_stay_functions_when_the_modules_of_their_name_are_imported() -> None:
+    code = (
+        "import onnxshrink.shrink, onnxshrink.verify; print(callable(onnxshrink.shrink), callable(onnxshrink.verify))"
+    )
+    assert python(code) == "True True"
+
+
+def test_without_torch_export_says_what_to_install() -> None:
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["torch.nn"] = None
+import onnxshrink
+try:
+    onnxshrink.export(None, ())
+except ImportError as error:
+    print(error)
+"""
+    assert python(code) == "onnxshrink.torch needs PyTorch: pip install 'onnxshrink[torch]'"
+
+
+def test_the_package_is_typed() -> None:
+    files = importlib.resources.files("onnxshrink")
+    assert files.joinpath("py.typed").is_file()
