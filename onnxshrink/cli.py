@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -76,6 +77,9 @@ def _add_shrink(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--align", choices=["none"], default="none", help="none: the fewest parameters (the default, and all there is)"
     )
+    parser.add_argument(
+        "--zero-tolerance", metavar="T", type=float, default=0.0, help="weights up to T count as zero (0); lossy"
+    )
     _add_inputs(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing unless something is wrong")
 
@@ -117,6 +121,7 @@ def _shrink(arguments: argparse.Namespace) -> int:
             inputs=inputs,
             seed=arguments.seed,
             align=arguments.align,
+            zero_tolerance=arguments.zero_tolerance,
             report=arguments.report,
             progress=step,
         )
@@ -242,4 +247,10 @@ def _fail(message: str, code: int, arguments: Any) -> int:
 
 def run() -> NoReturn:
     """The entry point of the command `onnxshrink`."""
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """Being told to stop is an interruption: what is half written is cleaned up."""
+    raise KeyboardInterrupt

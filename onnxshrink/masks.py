@@ -31,6 +31,7 @@ _WIDTHS = {
     **dict.fromkeys(("DOUBLE", "INT64", "UINT64", "COMPLEX64"), 8),
     "COMPLEX128": 16,
 }
+_REALS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 _LITERALS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
@@ -207,6 +208,34 @@ def apply_masks(model: onnx.ModelProto, masks: MaskTree, base_dir: str | Path | 
         for weight in weights[name]:
             _mask_weight(name, weight, mask, base_dir)
     return masked
+
+
+def zero_near(
+    model: onnx.ModelProto, tolerance: float, base_dir: str | Path | None = None
+) -> tuple[onnx.ModelProto, int]:
+    """Copy a model with every floating-point weight of magnitude up to `tolerance` set to +0. This is lossy.
+
+    Scalars are left alone: they are epsilons and bounds, not weights.
+
+    Returns the copy and how many weights that were not zero became zero. Raises InputError for a tolerance that is
+    negative or no number.
+    """
+    if not tolerance >= 0:
+        raise InputError(f"zero tolerance {tolerance}: give a number that is not negative")
+    copy, zeroed = onnx.ModelProto(), 0
+    copy.CopyFrom(model)
+    for name, weight in _named_weights(copy):
+        tensor = weight.t if isinstance(weight, onnx.AttributeProto) and weight.name == "value" else weight
+        if not isinstance(tensor, onnx.TensorProto) or tensor.data_type not in _REALS or prod(tensor.dims) < 2:
+            continue
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _load_external(name, tensor, base_dir)
+        values = numpy_helper.to_array(tensor).astype(np.float64).ravel()
+        near = (np.abs(values) <= tolerance) & (values != 0)
+        if near.any():
+            zeroed += int(near.sum())
+            _zero(name, tensor, near)
+    return copy, zeroed
 
 
 _Weight: TypeAlias = onnx.TensorProto | onnx.SparseTensorProto | onnx.AttributeProto

@@ -81,6 +81,7 @@ class Report:
         weights: per weight, the axes that lost indices, for each node that uses it.
         gone: tensors that are no longer computed.
         note: why nothing was removed although something could be; None otherwise.
+        zeroed: weights near zero that were set to zero first; the result is equal to the model with those zeros.
     """
 
     version: str
@@ -98,6 +99,7 @@ class Report:
     weights: Mapping[str, tuple[Cut, ...]] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
     note: str | None = None
+    zeroed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dictionaries, lists, text and numbers."""
@@ -105,10 +107,24 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON; lists of numbers stand on one line."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        for _ in range(2):  # pairs, then lists of pairs
-            text = re.sub(r"\[[\s\d,\[\]-]*?\](?=,?\n)", lambda found: re.sub(r"\s+", " ", found[0]), text)
-        return re.sub(r"\[ (?=[\[\d])|(?<=[\]\d]) \]", lambda found: found[0].strip(), text) + "\n"
+        return _json(self.to_dict(), "\n") + "\n"
+
+
+def _json(value: Any, line: str) -> str:
+    """JSON with two spaces per level; `line` begins a line at this level."""
+    inner = line + "  "
+    if isinstance(value, dict) and value:
+        items = [f"{json.dumps(key, ensure_ascii=False)}: {_json(item, inner)}" for key, item in value.items()]
+        return "{" + ",".join(inner + item for item in items) + line + "}"
+    if isinstance(value, (list, tuple)) and not _numbers_only(value):
+        return "[" + ",".join(inner + _json(item, inner) for item in value) + line + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _numbers_only(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_numbers_only(item) for item in value)
+    return isinstance(value, int)
 
 
 def make_report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from onnxshrink.analyse import Analysis, analyse
 from onnxshrink.apply import apply
 from onnxshrink.errors import InputError, OnnxshrinkError
 from onnxshrink.graph import Graph, ModelLike, load_proto, make_skeleton
-from onnxshrink.masks import MaskTree, apply_masks, load_masks
+from onnxshrink.masks import MaskTree, apply_masks, load_masks, zero_near
 from onnxshrink.plan import Plan, make_plan
 from onnxshrink.report import Report, make_report
 from onnxshrink.runtime import LoadError
@@ -90,6 +90,7 @@ def shrink(
     samples: int = 2,
     seed: int = 0,
     align: str = "none",
+    zero_tolerance: float = 0.0,
     report: PathLike | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ShrinkResult:
@@ -109,6 +110,8 @@ def shrink(
         samples: how many sets of random inputs are drawn.
         seed: of the random inputs.
         align: "none": the fewest parameters.
+        zero_tolerance: weights up to this magnitude count as zero. Lossy when not 0: the result is compared with the
+            model that has zeros in their place, and the report says how many they are.
         report: JSON file to write the report to.
         progress: called with the name of each step as it begins.
 
@@ -121,7 +124,7 @@ def shrink(
         raise InputError(f"align {align!r} is not known; 'none' is")
     _check_targets(model, masks, output, report)
     step("reading")
-    source = _load(model, masks)
+    source, zeroed = _zeroed(_load(model, masks), zero_tolerance)
     step("analysing")
     analysis = analyse(source.graph)
     plan = make_plan(analysis)
@@ -137,9 +140,9 @@ def shrink(
             if note is None:
                 raise
             small = None
-    final = _whole(source, masks is not None) if small is None else small.proto
+    final = _whole(source, masks is not None or zeroed > 0) if small is None else small.proto
     result = ShrinkResult(
-        final, _report(source, analysis, plan, small, equivalence, note), plan, source.external, source.files
+        final, _report(source, analysis, plan, small, equivalence, note, zeroed), plan, source.external, source.files
     )
     step("writing")
     if output is not None:
@@ -186,6 +189,17 @@ def _load(model: ModelLike, masks: MaskTree | PathLike | None) -> _Source:
         return _Source(reference, graph, _nbytes(model), frozenset(), False)
     files = frozenset({_real(model), *data})
     return _Source(reference, graph, sum(file.stat().st_size for file in files), files, bool(data))
+
+
+def _zeroed(source: _Source, tolerance: float) -> tuple[_Source, int]:
+    """The source with weights near zero set to zero, and how many they were."""
+    if tolerance == 0:
+        return source, 0
+    model, zeroed = zero_near(source.graph.proto, tolerance, source.graph.folder)
+    if not zeroed:
+        return source, 0
+    model = _with_data(model, source.graph.folder)
+    return replace(source, model=model, graph=Graph(model)), zeroed
 
 
 def _data_files(model: onnx.ModelProto, folder: Path | None) -> set[Path]:
@@ -299,11 +313,13 @@ def _report(
     small: Graph | None,
     equivalence: Equivalence | None,
     note: str | None,
+    zeroed: int,
 ) -> Report:
     graph = source.graph
     before, fixed = _size(graph, source.nbytes)
     after = before if small is None else _size(small, _nbytes(small.proto))[0]
-    return make_report(__version__, (before, after), fixed, analysis, plan, small, equivalence, note)
+    made = make_report(__version__, (before, after), fixed, analysis, plan, small, equivalence, note)
+    return replace(made, zeroed=zeroed)
 
 
 def _size(graph: Graph, nbytes: int) -> tuple[measure.Size, bool]:

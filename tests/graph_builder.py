@@ -230,7 +230,7 @@ def _made(value: onnx.ValueInfoProto, symbol: onnx.ValueInfoProto) -> Tensor:
     if shape is None or dims is None or len(shape) > 6:
         raise Rejected
     extents = tuple(extent for extent in shape if isinstance(extent, int))
-    if len(extents) != len(shape) or 0 in extents or np.prod(extents, dtype=np.int64) > LARGEST_TENSOR:
+    if len(extents) != len(shape) or min(extents, default=1) < 1 or np.prod(extents, dtype=np.int64) > LARGEST_TENSOR:
         raise Rejected
     return Tensor(value.name, extents, dims, value.type.tensor_type.elem_type)
 

@@ -466,6 +466,20 @@ def test_the_module_runs_without_a_warning(tmp_path: Path) -> None:
     assert done.stderr == "onnxshrink: error: missing.onnx: no such file\n"
 
 
+def test_a_process_that_is_told_to_stop_cleans_up(tmp_path: Path) -> None:
+    onnx.save(chain(True), tmp_path / "big.onnx")
+    code = """
+import os, signal
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGTERM)  # while the file is beside its target
+from onnxshrink.cli import run
+run()
+"""
+    command = [sys.executable, "-c", code, "shrink", "big.onnx", "-o", "small.onnx"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "onnxshrink: error: interrupted\n")
+    assert os.listdir(tmp_path) == ["big.onnx"]
+
+
 def test_version_and_help(run: Run) -> None:
     assert run("--version") == (0, f"onnxshrink {onnxshrink.__version__}\n", "")
     for words in (["--help"], ["shrink", "--help"], ["verify", "--help"]):

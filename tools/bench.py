@@ -186,7 +186,7 @@ def session_call(path: Path, image: np.ndarray) -> Callable[[], object]:
 def peak_memory(big: Path, small: Path) -> int:
     """Bytes that shrinking adds to the peak of a process that has imported everything."""
     command = [sys.executable, "-c", _MEMORY, str(big), str(small)]
-    before, after = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    before, after = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     return int(after) - int(before)
 
 

@@ -90,6 +90,8 @@ def _heads(view: View) -> Heads:
         past=_PAST if _given(view, _PAST[0]) else None,
         scores=_SCORES if _made(view, _SCORES) else None,
         blank=_given(view, _SCORE_BIAS),
+        # Where all keys of a query are padding, its scores are rounded at the size of what fills them, -10000.
+        shifts=not _given(view, _PADDING),
         biases=_segments(view),
         counts=("num_heads",),
     )

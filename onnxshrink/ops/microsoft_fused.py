@@ -78,7 +78,10 @@ class Fused:
         if self.view.attribute("do_rotary", 0):
             return np.ones(self.query.shape, np.bool_)
         queries, value = self._projected(self.query.reshape(-1))
-        keys, _ = self._projected(self.key.reshape(-1))
+        keys, shift = self._projected(self.key.reshape(-1))
+        if self.view.input(_MASK) is not None:
+            # Where all keys of a query are padding, its scores are rounded at the size of what fills them, -10000.
+            keys = keys & (shift == 0)
         return np.asarray(~((queries & (value == 0)) | keys).reshape(self.query.shape))
 
     def forward(self) -> Known | None:

@@ -24,7 +24,6 @@ REFUSALS = {
     "it decodes a compressed picture": "ImageDecoder",
     "which boxes it selects, and how many, depends on every box": "NonMaxSuppression",
     "its indices count the elements of the whole result, so that a channel less would shift them": "MaxUnpool",
-    "it samples at offsets that are computed, group by group": "DeformConv",
     "it is a constant of text, or a sparse one": "Constant",
 }
 

@@ -23,7 +23,7 @@ def freeze(analysis: Analysis, node: Node) -> dict[int, Array]:
     output = view.output()
     frozen: dict[int, Array] = {}
     for slot, operand in enumerate(view.inputs):
-        if operand is None or operand.constant is not None or analysis.live(operand.name).any():
+        if operand is None or operand.constant is not None or not _replaceable(analysis, operand):
             continue
         others = [o for s, o in enumerate(view.inputs) if s != slot and s not in frozen and o is not None]
         if _covers(output, others, operand):
@@ -67,9 +67,16 @@ def settle(analysis: Analysis, node: Node) -> list[Array] | None:
 
 def _full(analysis: Analysis, operand: Operand) -> Array | None:
     shape = operand.static_shape()
-    if shape is None or analysis.live(operand.name).any():
+    if shape is None or not _replaceable(analysis, operand):
         return None
     return np.broadcast_to(stand_in(operand.known), shape)
+
+
+def _replaceable(analysis: Analysis, operand: Operand) -> bool:
+    """Whether nothing in a tensor is live. Integers must be known besides: a known tensor may get its extents there."""
+    if analysis.live(operand.name).any():
+        return False
+    return operand.known.everything or operand.dtype is None or not np.issubdtype(operand.dtype, np.integer)
 
 
 def stand_in(known: Known) -> Array:
