@@ -66,6 +66,8 @@ def layout(view: View) -> list[Known | None]:
 def moved(relation: Relation | None, known: Known, source: int, target: int) -> Known | None:
     """A fact carried from one operand to another by a relation without reduced factors."""
     assert relation is not None
+    if not known.anything or known.value.size == 0:
+        return None
     known = uniform(known, _lost_axes(relation, source, target))
     if not known.anything:
         return None

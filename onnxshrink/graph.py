@@ -19,6 +19,7 @@ from onnxshrink.errors import InputError
 from onnxshrink.flatten import FlatNode, flatten
 from onnxshrink.shapes import infer, with_knowledge
 from onnxshrink.stand_ins import checkable
+from onnxshrink.symbols import is_invented
 from onnxshrink.weights import Array, Constant, external_file, read_tensor, tensor_dtype
 
 
@@ -189,7 +190,14 @@ def _is_open(shape: Shape | None) -> bool:
 def _tells_more(shape: Shape | None, before: Shape | None) -> bool:
     if shape is None or before is None:
         return shape is not None
-    return any(isinstance(a, int) and not isinstance(b, int) for a, b in zip(shape, before, strict=False))
+    return any(_rank_of(a) > _rank_of(b) for a, b in zip(shape, before, strict=False))
+
+
+def _rank_of(extent: Dim) -> int:
+    """How much an extent tells: a number more than a symbol of the model, and that more than one of inference's own."""
+    if isinstance(extent, int):
+        return 2
+    return int(extent is not None and not is_invented(extent))
 
 
 def _type_of(value: onnx.ValueInfoProto) -> tuple[Shape | None, int]:
@@ -227,6 +235,7 @@ class Graph:
         self.nodes = self._make_nodes()
         self.inputs = self._interface()
         self.outputs = tuple(value.name for value in skeleton.graph.output)
+        self._inferences = 0
         self._types = self._infer_types()
 
     def _interface(self) -> tuple[str, ...]:
@@ -269,10 +278,17 @@ class Graph:
         """Infer shapes again with integer tensors that are constant after all, and shapes. True if that told more."""
         if not any(_is_open(shape) for shape, _ in self._types.values()):
             return False
-        found = self._infer_types(values, shapes)
+        self._inferences += 1
+        found = {name: (self._own(shape), kind) for name, (shape, kind) in self._infer_types(values, shapes).items()}
         better = {n: t for n, t in found.items() if t[1] and _tells_more(t[0], self._types.get(n, (None, 0))[0])}
         self._types.update(better)
         return bool(better)
+
+    def _own(self, shape: Shape | None) -> Shape | None:
+        """A shape whose invented symbols differ from those of other rounds of inference."""
+        if shape is None:
+            return None
+        return tuple(f"{e}.{self._inferences}" if isinstance(e, str) and is_invented(e) else e for e in shape)
 
     def _infer_types(
         self, values: Mapping[str, Array] = MappingProxyType({}), shapes: Mapping[str, Shape] = MappingProxyType({})

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxshrink import symbols
 from onnxshrink.custom_shapes import fill
 from onnxshrink.stand_ins import stand_in
 
@@ -19,6 +20,7 @@ _LIKE_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
 def infer(skeleton: onnx.ModelProto) -> onnx.GraphProto:
     """The graph with as many shapes as can be told. What cannot be told is left out: it is kept whole later."""
     skeleton = stand_in(skeleton)
+    symbols.forget_invented(skeleton.graph)
     for _ in range(_ROUNDS):
         try:
             inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
@@ -28,6 +30,7 @@ def infer(skeleton: onnx.ModelProto) -> onnx.GraphProto:
         found = _cancelled(inferred.graph)
         found |= _like_input(inferred.graph)
         found |= fill(inferred.graph)
+        found |= symbols.fill(inferred.graph)
         if not found:
             return inferred.graph
         skeleton = inferred

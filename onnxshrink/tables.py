@@ -22,7 +22,9 @@ _ROWS = ("parameters", "bytes", "multiply-adds", "nodes")
 def print_report(console: Console, report: Report, verified: bool) -> None:
     """The report of one model, in at most a few screens."""
     if report.zeroed:
-        _line(console, f"{report.zeroed:,} weights near zero were set to zero: the input's function is not kept exactly.")
+        _line(
+            console, f"{report.zeroed:,} weights near zero were set to zero: the input's function is not kept exactly."
+        )
     if not report.changed:
         _line(console, f"Nothing removed: {report.note or 'no channel can go'}. The result equals the input.")
     else:

@@ -34,7 +34,8 @@ def residual(pruned: bool) -> onnx.ModelProto:
         "head": draw(4, 2),
     }
     body = """s = Conv(x, w0, b0) a = Conv <pads = [1, 1, 1, 1]> (s, w1) r = Relu(a)
-        c = Conv <pads = [1, 1, 1, 1]> (r, w2) t = Add(s, c) p = GlobalAveragePool(t) f = Flatten(p) y = MatMul(f, head)"""
+        c = Conv <pads = [1, 1, 1, 1]> (r, w2) t = Add(s, c)
+        p = GlobalAveragePool(t) f = Flatten(p) y = MatMul(f, head)"""
     return build(f"residual (float[N, 3, H, W] x) => (float[N, 2] y) {{ {body} }}", **weights)
 
 
@@ -110,6 +111,5 @@ def unknown(pruned: bool) -> onnx.ModelProto:
 
 
 NETWORKS: dict[str, Network] = {
-    network.__name__: network
-    for network in (chain, residual, normed, depthwise, joined, perceptron, decoder, unknown)
+    network.__name__: network for network in (chain, residual, normed, depthwise, joined, perceptron, decoder, unknown)
 }

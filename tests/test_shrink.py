@@ -242,7 +242,9 @@ def test_external_data_stays_external(tmp_path: Path, network: Network, pruned: 
 def test_external_data_in_place_leaves_no_stale_file(tmp_path: Path) -> None:
     text = "g (float[N, 40] x) => (float[N, 40] y) { y = MatMul(x, w) }"
     model, path = build(text, w=draw(40, 40)), tmp_path / "model.onnx"
-    onnx.save(build(text, w=draw(40, 40)), path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    onnx.save(
+        build(text, w=draw(40, 40)), path, save_as_external_data=True, location="model.onnx.data", size_threshold=0
+    )
     for _ in range(3):
         shrink(path, {"w": np.ones((40, 40))}, output=path)
         assert compare(model, path).error <= ROUNDING

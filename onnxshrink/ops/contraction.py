@@ -35,7 +35,7 @@ def _float_product(left: BoolArray, right: BoolArray) -> BoolArray:
 def _by_distinct_rows(left: BoolArray, right: BoolArray) -> BoolArray:
     """Positions mostly share one mask: each distinct row is multiplied once."""
     rows = left.reshape(-1, left.shape[-1])
-    packed = np.packbits(rows, axis=1)
+    packed = np.ascontiguousarray(np.packbits(rows, axis=1))
     _, first, inverse = np.unique(packed.view(f"V{packed.shape[1]}"), return_index=True, return_inverse=True)
     found = _float_product(rows[first], right)
     return found[inverse.reshape(-1)].reshape(*left.shape[:-1], right.shape[1])

@@ -201,6 +201,8 @@ def _split(view: View) -> Relation:
         if operand is None:
             raise UnresolvedError("an output of a split is left out")
         extent = _static(operand, axis)
+        if extent == 0:
+            raise UnresolvedError("an output of a split is empty")
         links.append(Link(0, -1 - index, np.arange(position, position + extent), np.arange(extent)))
         position += extent
     return linked(view.shapes(view.inputs), view.shapes(view.outputs), axis, links)
@@ -208,9 +210,9 @@ def _split(view: View) -> Relation:
 
 def _split_rewrite(view: View) -> Rewrite:
     axis = int(view.attribute("axis", 0)) % view.data().rank
-    if not any(view.shrinks(-1 - index, axis) for index in range(len(view.outputs))):
-        return Rewrite()
     counts = [view.kept_count(-1 - index, axis) or 0 for index in range(len(view.outputs))]
+    if all(counts) and not any(view.shrinks(-1 - index, axis) for index in range(len(view.outputs))):
+        return Rewrite()
     sizes = [count for count in counts if count]
     if view.version < 13:
         return Rewrite(attributes={"split": sizes})

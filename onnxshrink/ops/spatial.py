@@ -77,7 +77,9 @@ class Kernel:
         constant = self.weights.constant is not None
         foldable = constant and (bias is None or bias.constant is not None)
         extend = constant and self.groups == 1 and self.view.opset() >= 11
-        return Linear(self.view, 0, 1, 1, self.pattern(), self.border(), foldable, constant, extend)
+        # What a constant adds through weights that are not known is not known either.
+        varies = self.border() or not (constant or self.weights.known.everything)
+        return Linear(self.view, 0, 1, 1, self.pattern(), varies, foldable, constant, extend)
 
     def summed(self, channels: BoolArray) -> Array:
         """Weights of some channels, summed over the kernel: `[out, channel]`, zero across groups."""

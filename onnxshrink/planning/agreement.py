@@ -67,6 +67,7 @@ class Agreement(Sets):
                 if not factors or self.kept[name][axis] is None or factors[0] in relation.links:
                     continue
                 if factors[0] in relation.ragged and len(factors) > 1:
+                    self._add_by_source(node, slots, name, axis, factors, np.ones(1, np.bool_))
                     continue
                 wanted = _product(factors, unions)
                 if wanted is not None:

@@ -73,12 +73,12 @@ def _full(analysis: Analysis, operand: Operand) -> Array | None:
 
 
 def _replaceable(analysis: Analysis, operand: Operand) -> bool:
-    """Whether nothing in a tensor is live. Integers must be known besides: a known tensor may get its extents there."""
+    """Whether nothing in a tensor is live. What may become an extent must be known besides: it is read all the same."""
     if analysis.live(operand.name).any():
         return False
-    return operand.known.everything or operand.dtype is None or not np.issubdtype(operand.dtype, np.integer)
+    return operand.known.everything or (operand.dtype is not None and np.issubdtype(operand.dtype, np.floating))
 
 
 def stand_in(known: Known) -> Array:
-    """Values that do where nothing is live: what is known, and zero where nothing is needed."""
-    return known.value if known.everything else np.where(known.mask, known.value, np.zeros((), known.value.dtype))
+    """Values that do where nothing is live: what is known, and one, by which anything may be divided, elsewhere."""
+    return known.value if known.everything else np.where(known.mask, known.value, np.ones((), known.value.dtype))

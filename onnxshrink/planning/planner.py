@@ -101,13 +101,15 @@ class Planner(Agreement):
             rule = self.analysis.rules[node.index]
             if rule is None or not rule.partial or node.index in self.analysis.throughout or not self.working(node):
                 continue
-            if any(self._keeps_unknown(name) for name in node.outputs if name in self.present):
+            # Of several inputs one may make the result known, and another must still not be anything: 0 / 0.
+            one = sum(bool(name) for name in node.inputs) == 1
+            if any(self._keeps_idle(name, one) for name in node.outputs if name in self.present):
                 found.add(node.index)
         return found
 
-    def _keeps_unknown(self, name: str) -> bool:
+    def _keeps_idle(self, name: str, unknown_only: bool) -> bool:
         known, live = self.analysis.known.get(name), self.analysis.live(name)
-        rest = ~known.mask if known is not None else everything(live.ndim)
+        rest = ~known.mask if known is not None and unknown_only else everything(live.ndim)
         for axis, kept in enumerate(self.kept[name]):
             if kept is not None:
                 idle = kept & ~project(live, axis, kept.size) & project(rest, axis, kept.size)
