@@ -298,10 +298,14 @@ def _backward(analysis: Analysis, node: Node) -> None:
     view = analysis.view(node)
     if all(name in analysis.constants for name in node.outputs if name):
         return
-    if not any(_is_live(analysis, name) for name in node.outputs if name):
-        return
     rule = analysis.rules[node.index]
-    masks = rule.backward(view) if rule is not None and rule.backward else needed_by_relation(view)
+    if node.index in analysis.throughout:
+        # It is computed although nothing in it is live, and must not come out as no number.
+        masks: list[BoolArray | None] = [everything(o.rank) if o is not None else None for o in view.inputs]
+    elif not any(_is_live(analysis, name) for name in node.outputs if name):
+        return
+    else:
+        masks = rule.backward(view) if rule is not None and rule.backward else needed_by_relation(view)
     for name, mask in zip(node.inputs, masks, strict=True):
         if not name or mask is None or name in analysis.constants:
             continue

@@ -126,7 +126,7 @@ class _Site:
             if (mask := self.view.kept[slot][axis]) is not None and not mask.any()
         ]
         self.editor.drop_inputs(self.target, gone)
-        if len(self.relation.links) and len(self.node.outputs) > 1:
+        if self._cuts():
             absent = [i for i, name in enumerate(self.node.outputs) if name not in self.plan.present]
             self.editor.drop_outputs(self.target, absent)
             gone += absent
@@ -135,7 +135,11 @@ class _Site:
 
     def _joins_one(self) -> bool:
         """Whether what was joined or cut is down to one piece, which is the whole."""
-        return (len(joined_inputs(self.relation)) > 1 and len(self.target.inputs) == 1) or len(self.node.outputs) > 1
+        return (len(joined_inputs(self.relation)) > 1 and len(self.target.inputs) == 1) or self._cuts()
+
+    def _cuts(self) -> bool:
+        """Whether the outputs are pieces of one axis."""
+        return any(len({link.output for link in links}) > 1 for links in self.relation.links.values())
 
     def _correct(self, rewrite: Rewrite) -> None:
         if rewrite.fixed is not None:

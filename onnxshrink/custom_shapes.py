@@ -227,12 +227,29 @@ def fill(graph: onnx.GraphProto) -> bool:
         node = _Node(proto, tuple(None if value is None else dims_of(value) for value in values))
         found = _FUNCTIONS[proto.op_type](node)
         for index, (name, dims) in enumerate(zip(proto.output, found, strict=False)):
-            if name and dims is not None and (name not in declared or dims_of(declared[name]) is None):
-                declared[name] = _declare(graph, _value(name, _element_type(proto, index, values), dims))
+            merged = None if dims is None else _merged(dims, dims_of(declared[name]) if name in declared else None)
+            if name and merged is not None:
+                declared[name] = _declare(graph, _value(name, _element_type(proto, index, values), merged))
                 told.add(name)
     if told:
         _forget(graph, told)
     return bool(told)
+
+
+def _merged(found: Dims, before: Dims | None) -> Dims | None:
+    """Extents as declared, completed by those found; None where they tell nothing new."""
+    if before is None:
+        return found
+    if len(before) != len(found):
+        return None
+    merged = tuple(f if _more(f, b) else b for f, b in zip(found, before, strict=True))
+    return merged if merged != before else None
+
+
+def _more(found: Dim, before: Dim) -> bool:
+    if isinstance(before, int) or found is None:
+        return False
+    return isinstance(found, int) or before is None
 
 
 def _declare(graph: onnx.GraphProto, value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:

@@ -16,7 +16,7 @@ import onnx.inliner
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from onnxshrink.errors import InputError
-from onnxshrink.flatten import FlatNode, flatten
+from onnxshrink.flatten import FlatNode, flatten, subgraphs
 from onnxshrink.shapes import infer, with_knowledge
 from onnxshrink.stand_ins import checkable
 from onnxshrink.symbols import is_invented
@@ -37,6 +37,10 @@ ModelLike = str | os.PathLike[str] | onnx.ModelProto
 
 # Larger constants are left out of the skeleton: shape inference needs the small integer ones only.
 _INLINE_ELEMENTS = 256
+_WHOLE_BYTES = frozenset({
+    onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.INT8, onnx.TensorProto.UINT8,
+})  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +158,7 @@ def load_proto(model: ModelLike) -> tuple[onnx.ModelProto, Path | None]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if not proto.HasField("graph"):
         raise InputError(f"{path}: not an ONNX file: it holds no graph")
+    _read_in(proto, path.parent)
     return proto, path.parent
 
 
@@ -163,11 +168,34 @@ def _check_storage(model: onnx.ModelProto, folder: Path | None) -> None:
             if folder is None:
                 raise InputError(f"{tensor.name!r} has external data that is not loaded; give the model as a file")
             external_file(tensor, folder)
-        elif tensor.HasField("raw_data"):
+        elif tensor.HasField("raw_data") and not _is_complete(tensor):
             try:
                 onnx.checker.check_tensor(tensor)
             except onnx.checker.ValidationError as error:
                 raise InputError(f"invalid model: initializer {tensor.name!r}: {_first_line(error)}") from None
+
+
+def _is_complete(tensor: onnx.TensorProto) -> bool:
+    """Whether as many bytes are there as the shape asks for; types of less than a byte are left to the checker."""
+    if tensor.data_type not in _WHOLE_BYTES:
+        return False
+    return len(tensor.raw_data) == _elements(tensor) * tensor_dtype(tensor).itemsize
+
+
+def _read_in(model: onnx.ModelProto, folder: Path) -> None:
+    """Read in external tensors other than initializers of the main graph: of `Constant` nodes and of bodies."""
+    bodies: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while bodies:
+        body = bodies.pop()
+        tensors = [] if body is model.graph or isinstance(body, onnx.FunctionProto) else list(body.initializer)
+        for node in body.node:
+            tensors += [attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR]
+            bodies += subgraphs(node)
+        for tensor in tensors:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                array = np.asarray(read_tensor(tensor, folder), order="C")
+                name = tensor.name
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array, name))
 
 
 def _check_structure(skeleton: onnx.ModelProto) -> None:

@@ -229,6 +229,25 @@ class Heads:
         yield from keeps(self.view, self.slots[0], wanted, QUERY, reason)
         yield from keeps(self.view, self.slots[1], any_along(wanted, 1), KEY, reason)
 
+    def represent(self) -> Iterator[Keep]:
+        """One dimension of the heads that stay, where queries, keys or values keep none."""
+        groups, repeats = self._kept_heads("k"), self._kept_heads("r")
+        for slot, names in zip(self.slots, (QUERY, KEY, VALUE), strict=True):
+            sizes = {"k": groups, "r": repeats, names[-1]: np.arange(self._size(names[-1])) == 0}
+            if groups.any() and repeats.any() and not kept_factor(self.view, slot, names[-1]).any():
+                mask = np.ix_(*(np.flatnonzero(sizes[name]) for name in names))
+                wanted = np.zeros([self._size(name) for name in names], np.bool_)
+                wanted[mask] = True
+                yield from keeps(self.view, slot, wanted, names, "a head keeps at least one dimension")
+
+    def _kept_heads(self, factor: str) -> BoolArray:
+        slots = [slot for slot in (*self.slots, -1) if slot in self.view.kept]
+        return np.any([kept_factor(self.view, slot, factor) for slot in slots if self._has(slot, factor)], axis=0)
+
+    def _has(self, slot: int, factor: str) -> bool:
+        assert self.view.relation is not None
+        return any(factor in factors for factors in self.view.relation.spec(slot) or ())
+
     def count(self, factor: str) -> int:
         """How many indices of a factor of the query stay."""
         return int(kept_factor(self.view, self.slots[0], factor).sum())

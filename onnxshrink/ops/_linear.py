@@ -118,8 +118,7 @@ class Linear:
 
     def _kept_outputs(self) -> BoolArray:
         outputs = self.view.kept[-1][self.output_axis]
-        assert outputs is not None
-        return outputs
+        return np.ones(self._outputs(), np.bool_) if outputs is None else outputs
 
     def represent(self) -> list[Keep]:
         """One constant channel per group that the others can be folded in, where a bias cannot stand for them."""

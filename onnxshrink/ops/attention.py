@@ -59,6 +59,7 @@ register(
         forward=lambda view: _heads(view).forward(),
         backward=lambda view: _heads(view).backward(),
         retain=lambda view: _heads(view).retain(),
+        represent=lambda view: _heads(view).represent(),
         rewrite=lambda view: _heads(view).rewrite("scale" in view.node.attributes),
     )
 )

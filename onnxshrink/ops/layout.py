@@ -165,10 +165,12 @@ def _concat_free(view: View, axis: int) -> Relation:
 def _concat_forward(view: View) -> list[Known | None]:
     output = view.output()
     axis = int(view.attribute("axis", 1)) % output.rank
-    facts = [operand.known for operand in view.inputs if operand is not None]
+    # What is empty adds nothing.
+    operands = [operand for operand in view.inputs if operand is not None and operand.extent(axis) != 0]
+    facts = [operand.known for operand in operands]
     if not any(fact.anything for fact in facts):
         return [None]
-    extents = [operand.extent(axis) for operand in view.inputs if operand is not None]
+    extents = [operand.extent(axis) for operand in operands]
     if any(extent is None for extent in extents):
         return [None]
     return [partial(*(_joined([_part(f, k) for f in facts], extents, axis) for k in (0, 1)))]

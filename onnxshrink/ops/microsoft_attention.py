@@ -169,6 +169,10 @@ def _multi_head_backward(view: View) -> list[BoolArray | None]:
     return _packed_backward(view) if _packed(view) else _heads(view).backward()
 
 
+def _multi_head_represent(view: View) -> Iterable[Keep]:
+    return () if _packed(view) else _heads(view).represent()
+
+
 def _multi_head_retain(view: View) -> Iterable[Keep]:
     return () if _packed(view) else _heads(view).retain()
 
@@ -181,6 +185,7 @@ register(
         forward=_multi_head_forward,
         backward=_multi_head_backward,
         retain=_multi_head_retain,
+        represent=_multi_head_represent,
         rewrite=_multi_head_rewrite,
     )
 )

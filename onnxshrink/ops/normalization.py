@@ -102,7 +102,9 @@ def rms_relation(view: View) -> Relation:
         raise UnresolvedError("a norm over several axes")
     outputs = ["*b c", "*b 1", "*b 1", "*b c"][: max(1, len(view.outputs))]
     notation = f"*b c, c -> {', '.join(outputs)}"
-    return resolve(notation, view.shapes(view.inputs), view.shapes(view.outputs))
+    relation = resolve(notation, view.shapes(view.inputs), view.shapes(view.outputs))
+    # The statistics are those of the whole axis.
+    return relation.pin("c") if any(output is not None for output in view.outputs[1:]) else relation
 
 
 def zero_stays(view: View) -> list[Known | None]:

@@ -65,7 +65,8 @@ class Planner(Agreement):
         return grown
 
     def _fill(self) -> bool:
-        for name in self.kept:
+        # From the end: there the factors of a product are often axes of their own, some of which keep indices already.
+        for name in reversed(self.kept):
             if name not in self.present:
                 continue
             for axis, kept in enumerate(self.kept[name]):

@@ -32,8 +32,9 @@ from onnxshrink.weights import Array, BoolArray
 
 # A known value was computed in double precision and rounded once; the kernel rounds at every step of a short sum.
 _KNOWN_ROUNDINGS = 64
-# Kernels do the same operations in the same order on what is needed.
-_UNNEEDED_ROUNDINGS = 4
+# Kernels do the same operations in the same order on what is needed; but a normalised constant is its bias only up to
+# rounding, which an unneeded scale multiplies.
+_UNNEEDED_ROUNDINGS = 64
 
 
 @dataclass(frozen=True)

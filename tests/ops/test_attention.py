@@ -2,45 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 import pytest
-from models import build, check_same, dead, draw, operators, shapes, shrunk, weight
+from attention_heads import HEADS, SIZE, TOKENS, WIDTH, Array, attributes, dimensions, heads, sizes, weights
+from models import build, check_same, draw, operators, shapes, shrunk, weight
 
-Array = np.ndarray[Any, Any]
-HEADS, SIZE, WIDTH = 4, 8, 6
 OPSET = 23
-TOKENS = draw(2, 5, WIDTH, seed=3)
-
-
-def attributes(model: onnx.ModelProto, op: str = "Attention") -> dict[str, Any]:
-    (node,) = [node for node in model.graph.node if node.op_type == op]
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-
-
-def heads(values: Array, *which: int, count: int = HEADS) -> Array:
-    """A copy of projection weights `[input, heads * size]` with whole heads zero."""
-    values = values.copy()
-    values.reshape(values.shape[0], count, -1)[:, list(which)] = 0
-    return values
-
-
-def dimensions(values: Array, *which: int, count: int = HEADS) -> Array:
-    """A copy with the same dimensions of every head zero."""
-    values = values.copy()
-    values.reshape(values.shape[0], count, -1)[:, :, list(which)] = 0
-    return values
-
-
-def weights(groups: int = HEADS, value_size: int = SIZE) -> dict[str, Array]:
-    return {
-        "wq": draw(WIDTH, HEADS * SIZE, seed=1),
-        "wk": draw(WIDTH, groups * SIZE, seed=2),
-        "wv": draw(WIDTH, groups * value_size, seed=3),
-        "wo": draw(HEADS * value_size, WIDTH, seed=4),
-    }
 
 
 def model(
@@ -56,11 +24,6 @@ def model(
         ir=10,
         **given,
     )
-
-
-def sizes(small: onnx.ModelProto) -> list[tuple[int, ...]]:
-    found = shapes(small)
-    return [found[name] for name in ("wq", "wk", "wv", "wo")]
 
 
 # --- heads ------------------------------------------------------------------------------------------------------
@@ -350,97 +313,3 @@ def test_attention_whose_values_are_all_dead_goes() -> None:
     assert "Attention" not in operators(small)
     assert shapes(small).keys().isdisjoint(given)
     check_same(before, small, x=TOKENS)
-
-
-# --- RotaryEmbedding --------------------------------------------------------------------------------------------
-
-
-def angles(pairs: int, positions: int = 16) -> dict[str, Array]:
-    turns = np.outer(np.arange(positions), 0.5 ** np.arange(pairs))
-    return {"cosine": np.cos(turns).astype(np.float32), "sine": np.sin(turns).astype(np.float32)}
-
-
-def rotary(
-    given: dict[str, Array], pairs: int = SIZE // 2, attrs: str = "", count: str = f", num_heads: int = {HEADS}"
-) -> onnx.ModelProto:
-    """Rotated queries and keys in front of an attention."""
-    attrs = f"{attrs}{count}".removeprefix(", ")
-    return build(
-        f"""g (float[B, S, {WIDTH}] x, int64[B, S] p) => (float[B, S, {WIDTH}] y) {{
-            q0 = MatMul(x, wq) k0 = MatMul(x, wk) v = MatMul(x, wv)
-            q = RotaryEmbedding<{attrs}>(q0, cosine, sine, p) k = RotaryEmbedding<{attrs}>(k0, cosine, sine, p)
-            a = Attention<q_num_heads: int = {HEADS}, kv_num_heads: int = {HEADS}>(q, k, v) y = MatMul(a, wo) }}""",
-        opset=OPSET,
-        ir=10,
-        **given,
-        **angles(pairs),
-    )
-
-
-POSITIONS = np.array([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
-
-
-def counts(small: onnx.ModelProto) -> list[dict[str, Any]]:
-    nodes = [node for node in small.graph.node if node.op_type == "RotaryEmbedding"]
-    return [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in nodes]
-
-
-def test_heads_leave_through_a_rotation() -> None:
-    given = weights()
-    given["wv"] = heads(given["wv"], 1, 2)
-    before = rotary(given)
-    small = shrunk(before)
-    assert sizes(small) == [(WIDTH, 2 * SIZE)] * 3 + [(2 * SIZE, WIDTH)]
-    assert counts(small) == [{"num_heads": 2}] * 2
-    check_same(before, small, x=TOKENS, p=POSITIONS)
-
-
-@pytest.mark.parametrize(("interleaved", "pair"), [(0, (1, 1 + SIZE // 2)), (1, (2, 3))])
-def test_a_pair_of_dead_dimensions_leaves_with_its_angle(interleaved: int, pair: tuple[int, int]) -> None:
-    given = weights()
-    given["wq"] = dimensions(given["wq"], *pair)
-    before = rotary(given, attrs=f", interleaved: int = {interleaved}")
-    small = shrunk(before)
-    assert sizes(small)[:2] == [(WIDTH, HEADS * 6)] * 2
-    assert shapes(small)["cosine"] == (16, 3)
-    np.testing.assert_array_equal(weight(small, "sine"), np.delete(angles(4)["sine"], 1, axis=1))
-    assert attributes(small)["scale"] == np.float32(1 / np.sqrt(SIZE))
-    check_same(before, small, x=TOKENS, p=POSITIONS)
-
-
-def test_half_a_pair_stays() -> None:
-    given = weights()
-    given["wq"] = dimensions(given["wq"], 1)
-    before = rotary(given)
-    small = shrunk(before)
-    assert sizes(small)[0] == (WIDTH, HEADS * SIZE)
-    check_same(before, small, x=TOKENS, p=POSITIONS)
-
-
-def test_where_only_some_dimensions_turn_whole_heads_leave() -> None:
-    given = weights()
-    given["wv"] = heads(given["wv"], 0)
-    given["wq"] = dimensions(given["wq"], 1, 3, 7)
-    before = rotary(given, pairs=2, attrs=", rotary_embedding_dim: int = 4")
-    small = shrunk(before)
-    assert sizes(small)[0] == (WIDTH, 3 * SIZE)
-    assert counts(small) == [{"num_heads": 3, "rotary_embedding_dim": 4}] * 2
-    check_same(before, small, x=TOKENS, p=POSITIONS)
-
-
-def test_angles_without_positions_and_split_heads() -> None:
-    before = build(
-        f"""g (float[2, 1, 5, {SIZE}] x) => (float[2, 5, {SIZE}] y) {{
-            q = Mul(x, heads) r = RotaryEmbedding(q, cosine, sine) s = Mul(r, keep) y = ReduceSum<keepdims = 0>(s, one)
-        }}""",
-        opset=OPSET,
-        ir=10,
-        heads=draw(HEADS, 1, 1),
-        keep=dead(draw(HEADS, 1, 1), 1, 3),
-        one=np.array([1]),
-        **{name: np.stack([value[:5]] * 2) for name, value in angles(SIZE // 2).items()},
-    )
-    small = shrunk(before)
-    assert (shapes(small)["keep"], shapes(small)["heads"]) == ((2, 1, 1), (2, 1, 1))
-    assert counts(small) == [{}]
-    check_same(before, small, x=draw(2, 1, 5, SIZE))

@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 import pytest
-from models import build, check_same, draw, operators, shapes, shrunk, weight
+from attention_heads import HEADS, SIZE, TOKENS, WIDTH, Array, attributes, dimensions, heads, sizes, weights
+from models import build, check_same, draw, shapes, shrunk, weight
 
 from onnxshrink.analyse import analyse
 from onnxshrink.graph import Graph
 
-Array = np.ndarray[Any, Any]
-HEADS, SIZE, WIDTH = 4, 8, 6
-TOKENS = draw(2, 5, WIDTH, seed=3)
-
-
-def attributes(model: onnx.ModelProto, op: str) -> dict[str, Any]:
-    (node,) = [node for node in model.graph.node if node.op_type == op]
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-
 
 def reasons(model: onnx.ModelProto) -> list[str]:
     return [refusal.reason for refusal in analyse(Graph(model)).refusals]
-
-
-def heads(values: Array, *which: int, count: int = HEADS) -> Array:
-    """A copy of projection weights `[..., heads * size]` with whole heads zero."""
-    values = values.copy()
-    values.reshape(-1, count, values.shape[-1] // count)[:, list(which)] = 0
-    return values
-
-
-def dimensions(values: Array, *which: int, count: int = HEADS) -> Array:
-    """A copy with the same dimensions of every head zero."""
-    values = values.copy()
-    values.reshape(-1, count, values.shape[-1] // count)[:, :, list(which)] = 0
-    return values
-
-
-def weights(groups: int = HEADS, value_size: int = SIZE) -> dict[str, Array]:
-    return {
-        "wq": draw(WIDTH, HEADS * SIZE, seed=1),
-        "wk": draw(WIDTH, groups * SIZE, seed=2),
-        "wv": draw(WIDTH, groups * value_size, seed=3),
-        "wo": draw(HEADS * value_size, WIDTH, seed=4),
-    }
-
-
-def sizes(small: onnx.ModelProto) -> list[tuple[int, ...]]:
-    found = shapes(small)
-    return [found[name] for name in ("wq", "wk", "wv", "wo")]
 
 
 # --- MultiHeadAttention -----------------------------------------------------------------------------------------
@@ -365,40 +327,3 @@ def test_a_fused_attention_that_hands_on_its_keys_is_refused() -> None:
     small = shrunk(before)
     assert shapes(small) == {name: value.shape for name, value in given.items()}
     check_same(before, small, x=TOKENS, p=draw(2, 2, HEADS, 3, SIZE))
-
-
-# --- RotaryEmbedding --------------------------------------------------------------------------------------------
-
-
-def rotary(given: dict[str, Array], pairs: int, attrs: str) -> onnx.ModelProto:
-    turns = np.outer(np.arange(8), 0.5 ** np.arange(pairs)).astype(np.float32)
-    rotations = " ".join(f"{n} = com.microsoft.RotaryEmbedding<{attrs}>({n}0, p, cosine, sine)" for n in "qk")
-    return build(
-        f"""g (float[B, S, {WIDTH}] x, int64[B, S] p) => (float[B, S, {WIDTH}] y) {{
-            q0 = MatMul(x, wq) k0 = MatMul(x, wk) v = MatMul(x, wv) {rotations}
-            a = com.microsoft.MultiHeadAttention<num_heads: int = {HEADS}>(q, k, v) y = MatMul(a, wo) }}""",
-        **given,
-        cosine=np.cos(turns),
-        sine=np.sin(turns),
-    )
-
-
-@pytest.mark.parametrize(("interleaved", "pair"), [(0, (2, 2 + SIZE // 2)), (1, (4, 5))])
-def test_pairs_and_heads_leave_a_rotation(interleaved: int, pair: tuple[int, int]) -> None:
-    given = weights()
-    given["wq"], given["wv"] = dimensions(given["wq"], *pair), heads(given["wv"], 3)
-    before = rotary(given, SIZE // 2, f"interleaved: int = {interleaved}")
-    small = shrunk(before)
-    assert sizes(small) == [(WIDTH, 3 * 6)] * 2 + [(WIDTH, 3 * SIZE), (3 * SIZE, WIDTH)]
-    assert shapes(small)["cosine"] == (8, 3)
-    assert operators(small).count("RotaryEmbedding") == 2
-    check_same(before, small, x=TOKENS, p=np.array([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]))
-
-
-def test_a_rotation_of_some_dimensions_keeps_the_head_whole() -> None:
-    given = weights()
-    given["wq"], given["wv"] = dimensions(given["wq"], 0, 2, 6), heads(given["wv"], 3)
-    before = rotary(given, 2, f"num_heads: int = {HEADS}, rotary_embedding_dim: int = 4")
-    small = shrunk(before)
-    assert sizes(small)[0] == (WIDTH, 3 * SIZE)
-    check_same(before, small, x=TOKENS, p=np.array([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]))
