@@ -299,13 +299,14 @@ def _backward(analysis: Analysis, node: Node) -> None:
     if all(name in analysis.constants for name in node.outputs if name):
         return
     rule = analysis.rules[node.index]
-    if node.index in analysis.throughout:
-        # It is computed although nothing in it is live, and must not come out as no number.
-        masks: list[BoolArray | None] = [everything(o.rank) if o is not None else None for o in view.inputs]
-    elif not any(_is_live(analysis, name) for name in node.outputs if name):
-        return
-    else:
+    if any(_is_live(analysis, name) for name in node.outputs if name):
         masks = rule.backward(view) if rule is not None and rule.backward else needed_by_relation(view)
+    elif rule is not None and node.index in analysis.throughout:
+        # It is computed although nothing in it is live, and must not come out as no number.
+        slots = [(slot, o) for slot, o in enumerate(view.inputs)]
+        masks = [everything(o.rank) if o is not None and slot in rule.partial else None for slot, o in slots]
+    else:
+        return
     for name, mask in zip(node.inputs, masks, strict=True):
         if not name or mask is None or name in analysis.constants:
             continue

@@ -179,6 +179,25 @@ def _as(op: str) -> ShapeFunction:
     return shapes
 
 
+def _present(node: _Node) -> Shapes:
+    """What onnx's own attention hands on: keys and values with those of before, scores."""
+    query, key, value = node.shape(0), node.shape(1), node.shape(2)
+    if query is None or key is None or value is None or len(key) != len(value):
+        return []
+    if len(key) == 4:
+        heads, groups, length, widths = query[1], key[1], key[2], (key[3], value[3])
+    else:
+        heads, groups, length = int(node.attribute("q_num_heads", 0)), int(node.attribute("kv_num_heads", 0)), key[1]
+        widths = _over(key[2], groups), _over(value[2], groups)
+    total = _total(node.shape(4), node.given(4), length, 2)
+    rows = query[2] if len(query) == 4 else query[1]
+    caches = [(query[0], groups, total, width) for width in widths]
+    return [None, *caches, (query[0], heads, rows, total)]
+
+
+# Operators of onnx of which its inference leaves outputs out.
+_OWN: dict[str, ShapeFunction] = {"Attention": _present}
+
 _FUNCTIONS: dict[str, ShapeFunction] = {
     "Attention": _attention,
     "BiasAdd": _like_first,
@@ -221,11 +240,12 @@ def fill(graph: onnx.GraphProto) -> bool:
     declared.update({t.name: _value(t.name, t.data_type, tuple(t.dims)) for t in graph.initializer})
     told: set[str] = set()
     for proto in graph.node:
-        if not is_custom(proto) or proto.op_type not in _FUNCTIONS:
+        function = (_FUNCTIONS if is_custom(proto) else _OWN).get(proto.op_type)
+        if function is None or (not is_custom(proto) and proto.domain not in ("", "ai.onnx")):
             continue
         values = [declared.get(name) for name in proto.input]
         node = _Node(proto, tuple(None if value is None else dims_of(value) for value in values))
-        found = _FUNCTIONS[proto.op_type](node)
+        found = function(node)
         for index, (name, dims) in enumerate(zip(proto.output, found, strict=False)):
             merged = None if dims is None else _merged(dims, dims_of(declared[name]) if name in declared else None)
             if name and merged is not None:

@@ -74,7 +74,7 @@ class Rule:
         rewrite: what changes besides slicing.
         absorbs: inputs whose known elements the operator takes as a compressed constant of any broadcastable shape.
         target: input that holds the output's shape.
-        partial: whether the function has no finite value everywhere (see `families.partial_in`).
+        partial: inputs for some values of which the function has no finite value (see `families.partial_in`).
         shape_only: whether inputs without axes in the relation are read for their extents alone, not their elements.
         decodes: whether it makes numbers of stored ones: weights then stay as they are stored, and the node with them.
         refusal: why the operator is kept whole.
@@ -93,7 +93,7 @@ class Rule:
     rewrite: RewriteFunction | None = None
     absorbs: bool = False
     target: int | None = None
-    partial: bool = False
+    partial: tuple[int, ...] = ()
     shape_only: bool = False
     decodes: bool = False
     refusal: str | None = None

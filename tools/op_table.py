@@ -55,7 +55,7 @@ def axes(rule: Rule) -> str:
 def traits(rule: Rule) -> str:
     """Which parts of the rule the operator has of its own."""
     found = [text for name, text in _TRAITS.items() if getattr(rule, name) is not None]
-    found += ["takes compressed constants"] * rule.absorbs + ["not finite everywhere"] * rule.partial
+    found += ["takes compressed constants"] * rule.absorbs + ["not finite everywhere"] * bool(rule.partial)
     return ", ".join(found)
 
 

@@ -242,7 +242,8 @@ class Heads:
 
     def _kept_heads(self, factor: str) -> BoolArray:
         slots = [slot for slot in (*self.slots, -1) if slot in self.view.kept]
-        return np.any([kept_factor(self.view, slot, factor) for slot in slots if self._has(slot, factor)], axis=0)
+        kept = [kept_factor(self.view, slot, factor) for slot in slots if self._has(slot, factor)]
+        return any_along(np.stack(kept), 0) if kept else np.ones(self._size(factor), np.bool_)
 
     def _has(self, slot: int, factor: str) -> bool:
         assert self.view.relation is not None

@@ -39,13 +39,19 @@ def _relate(view: View) -> Relation:
     return fixed(resolve(f"{left} -> {right}", view.shapes(view.inputs), view.shapes(view.outputs), sizes))
 
 
+def _may_be_blank(view: View) -> bool:
+    """Whether a query may find no key: masked, beyond the padding, or out of its window."""
+    windows = [int(view.attribute(name, -1)) for name in ("left_window_size", "right_window_size")]
+    return max(windows) >= 0 or view.input(3) is not None or view.input(_NONPAD) is not None
+
+
 def _heads(view: View) -> Heads:
     scores = len(view.outputs) > _SCORES and view.outputs[_SCORES] is not None
     return Heads(
         view,
         past=_PAST if view.input(_PAST[0]) is not None else None,
         scores=_SCORES if scores else None,
-        blank=view.input(3) is not None or view.input(_NONPAD) is not None,
+        blank=_may_be_blank(view),
         shifts=not view.attribute("softcap", 0.0),
         counts=("q_num_heads", "kv_num_heads") if view.data().rank == _JOINED else (),
     )

@@ -183,7 +183,7 @@ register(
         relate=_gather,
         forward=_gather_forward,
         backward=_gather_backward,
-        partial=True,
+        partial=(1,),
         retain=_gather_retain,
         rewrite=_gather_rewrite,
     )
@@ -227,7 +227,7 @@ register(
         relate=_gather_elements,
         forward=_gather_elements_forward,
         backward=partial_in(1),
-        partial=True,
+        partial=(1,),
     )
 )
 
@@ -263,7 +263,7 @@ for _op, _since, _until in (("ScatterElements", 11, 10_000), ("Scatter", 9, 10))
             relate=_scatter_elements,
             forward=_scatter_elements_forward,
             backward=partial_in(1),
-            partial=True,
+            partial=(1,),
         )
     )
 
@@ -321,7 +321,7 @@ def _run_on_masks(view: View, slots: Sequence[int]) -> Known | None:
     return None if value is None or mask is None else partial(mask[0] > 0, value[0])
 
 
-register(Rule("GatherND", relate=_gather_nd, forward=_gather_nd_forward, backward=partial_in(1), partial=True))
+register(Rule("GatherND", relate=_gather_nd, forward=_gather_nd_forward, backward=partial_in(1), partial=(1,)))
 
 
 def _scatter_nd(view: View) -> Relation:
@@ -348,7 +348,7 @@ def _scatter_nd_forward(view: View) -> list[Known | None]:
     return _else_whole(view, _both(view, data, aligned, rank))
 
 
-register(Rule("ScatterND", relate=_scatter_nd, forward=_scatter_nd_forward, backward=partial_in(1), partial=True))
+register(Rule("ScatterND", relate=_scatter_nd, forward=_scatter_nd_forward, backward=partial_in(1), partial=(1,)))
 
 
 def _tensor_scatter(view: View) -> Relation:
@@ -366,5 +366,5 @@ def _tensor_scatter_forward(view: View) -> list[Known | None]:
 
 
 register(
-    Rule("TensorScatter", relate=_tensor_scatter, forward=_tensor_scatter_forward, backward=partial_in(2), partial=True)
+    Rule("TensorScatter", relate=_tensor_scatter, forward=_tensor_scatter_forward, backward=partial_in(2), partial=(2,))
 )

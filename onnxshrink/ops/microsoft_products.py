@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.ops._linear import Linear
 from onnxshrink.ops.contraction import Product
 from onnxshrink.registry import Keep, Rewrite, Rule, find, register
-from onnxshrink.view import Fold, View
+from onnxshrink.view import Fold, Operand, View
 from onnxshrink.weights import BoolArray
 
 _DOMAIN = "com.microsoft"
@@ -104,10 +105,19 @@ def _plain(view: View) -> Rule:
     return rule
 
 
+# What a fused convolution adds before its activation, of the shape of the output.
+_ADDED = 3
+
+
+def _added(view: View) -> Operand | None:
+    return view.input(_ADDED) if view.node.op == "FusedConv" else None
+
+
 def _relate(view: View) -> Relation:
-    if view.node.op == "FusedConv" and view.input(3) is not None:
-        raise UnresolvedError("a sum is fused")
-    return _plain(view).relation(view)
+    if _added(view) is None:
+        return _plain(view).relation(view)
+    relation = _plain(view).relation(replace(view, inputs=view.inputs[:_ADDED]))
+    return replace(relation, inputs=(*relation.inputs, relation.outputs[0]))
 
 
 def _activated(view: View, known: Known) -> Known | None:
@@ -127,13 +137,20 @@ def _activated(view: View, known: Known) -> Known | None:
 def _forward(view: View) -> list[Known | None]:
     forward = _plain(view).forward
     (found,) = forward(view) if forward is not None else [None]
+    added = _added(view)
+    if found is not None and added is not None:
+        known = added.known
+        found = partial(found.mask & known.mask, found.value + known.value) if known.anything else None
     return [found if found is None else _activated(view, found)]
 
 
 def _backward(view: View) -> list[BoolArray | None]:
     backward = _plain(view).backward
     assert backward is not None
-    return backward(view)
+    if _added(view) is None:
+        return backward(view)
+    plain = backward(replace(view, inputs=view.inputs[:_ADDED]))
+    return [*plain, *[None] * (_ADDED - len(plain)), view.live()]
 
 
 def _retain(view: View) -> Iterable[Keep]:

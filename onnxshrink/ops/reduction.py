@@ -168,7 +168,7 @@ for _op in ("ReduceMax", "ReduceMin"):
     register(Rule(_op, relate=_relate, forward=_mean_forward))
 register(Rule("ReduceProd", relate=_relate, forward=_sum_forward))
 for _op in ("ReduceLogSum", "ReduceLogSumExp"):
-    register(Rule(_op, relate=_relate, backward=partial_in(0), partial=True))
+    register(Rule(_op, relate=_relate, backward=partial_in(0), partial=(0,)))
 
 
 def _argument(view: View) -> Relation:

@@ -111,7 +111,7 @@ def _reverse_forward(view: View) -> list[Known | None]:
 
 
 register(
-    Rule("ReverseSequence", since=10, relate=_reverse, forward=_reverse_forward, backward=partial_in(1), partial=True)
+    Rule("ReverseSequence", since=10, relate=_reverse, forward=_reverse_forward, backward=partial_in(1), partial=(1,))
 )
 
 
@@ -287,7 +287,7 @@ register(
         relate="n c [*x], n *y [d] -> n c *y",
         forward=_grid_sample_forward,
         backward=partial_in(1),
-        partial=True,
+        partial=(1,),
     )
 )
 register(
@@ -297,7 +297,7 @@ register(
         relate="[n] c [h] [w], r [f], r -> r c [y] [x]",
         forward=zeros_along(lambda v: (0, 2, 3)),
         backward=partial_in(1, 2),
-        partial=True,
+        partial=(1, 2),
     )
 )
 register(
@@ -306,7 +306,7 @@ register(
         relate="[n] c [h] [w], r [f] -> r c [y] [x]",
         forward=zeros_along(lambda v: (0, 2, 3)),
         backward=partial_in(1),
-        partial=True,
+        partial=(1,),
     )
 )
 

@@ -138,7 +138,7 @@ register(
         forward=_attention_forward,
         # Keys and gates that are not the true ones could let the state grow beyond all bounds.
         backward=partial_in(1, _DECAY, _RATE),
-        partial=True,
+        partial=(1, _DECAY, _RATE),
         rewrite=_attention_rewrite,
     )
 )

@@ -23,7 +23,7 @@ PARTIAL_WORDS = "Acos Acosh Asin Atanh BitCast Cosh Exp Log Reciprocal Sinh Sqrt
 for _word in WORDS.split():
     register(Rule(_word, relate="*a -> *a", forward=pointwise))
 for _word in PARTIAL_WORDS.split():
-    register(Rule(_word, relate="*a -> *a", forward=pointwise, backward=partial_in(0), partial=True))
+    register(Rule(_word, relate="*a -> *a", forward=pointwise, backward=partial_in(0), partial=(0,)))
 
 
 def _first_input(view: View) -> Relation:

@@ -100,7 +100,10 @@ class Planner(Agreement):
         found = set()
         for node in self.nodes:
             rule = self.analysis.rules[node.index]
-            if rule is None or not rule.partial or node.index in self.analysis.throughout or not self.working(node):
+            if rule is None or node.index in self.analysis.throughout or not self.working(node):
+                continue
+            names = [node.inputs[slot] for slot in rule.partial if slot < len(node.inputs)]
+            if all(name in self.analysis.constants for name in names):
                 continue
             # Of several inputs one may make the result known, and another must still not be anything: 0 / 0.
             one = sum(bool(name) for name in node.inputs) == 1

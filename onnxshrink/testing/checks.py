@@ -167,7 +167,10 @@ def _unneeded(analysis: Analysis, name: str, value: Array) -> BoolArray:
     needed = analysis.needed.get(name, np.zeros((1,) * value.ndim, np.bool_))
     known = analysis.known.get(name)
     kept = needed if known is None else needed | known.mask
-    return np.array(~np.broadcast_to(kept, value.shape))
+    try:
+        return np.array(~np.broadcast_to(kept, value.shape))
+    except ValueError:
+        raise RuleViolation(f"{name!r}: a fact of shape {kept.shape} for {value.shape}") from None
 
 
 def _with_noise(model: onnx.ModelProto, places: Mapping[str, tuple[BoolArray, Array]]) -> onnx.ModelProto:
