@@ -372,9 +372,8 @@ def _rests(left: _Walk, right: _Walk) -> list[tuple[int, Dim]]:
     """Axes with something that was not matched, and how much."""
     rank = len(left.shape)
     found = [(axis, _remaining(right, rank - 1 - axis)) for axis in range(rank)]
-    return [
-        (axis, rest) for axis, rest in found if rest != 1 and not left.specs[axis] and not right.specs[rank - 1 - axis]
-    ]
+    # Of a fixed extent, a part may have been matched; a free one was matched whole or not at all.
+    return [(axis, rest) for axis, rest in found if rest != 1]
 
 
 def _join_walks(left: _Walk, right: _Walk, sizes: dict[str, int | None], pinned: set[str], side: str) -> TensorSpec:

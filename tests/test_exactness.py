@@ -26,7 +26,9 @@ def image_model(body: str, weights: dict[str, Any], inputs: str = "float[N, 3, 6
 def test_a_constant_unit_is_folded_in_the_next_bias(activation: str, constant: float) -> None:
     w1, b1 = dead(draw(4, 3, 3, 3), 1), np.array([0.1, 0.5, -0.2, 0.3], np.float32)
     w2, b2 = draw(2, 4, 1, 1), draw(2)
-    model = image_model(f"a = Conv(x, w1, b1) r = {activation}(a) y = Conv(r, w2, b2)", dict(w1=w1, b1=b1, w2=w2, b2=b2))
+    model = image_model(
+        f"a = Conv(x, w1, b1) r = {activation}(a) y = Conv(r, w2, b2)", {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    )
     small = shrunk(model)
     assert shapes(small) == {"w1": (3, 3, 3, 3), "b1": (3,), "w2": (2, 3, 1, 1), "b2": (2,)}
     np.testing.assert_allclose(weight(small, "b2"), b2 + w2[:, 1, 0, 0] * constant, rtol=1e-6)
@@ -36,7 +38,7 @@ def test_a_constant_unit_is_folded_in_the_next_bias(activation: str, constant: f
 def test_a_bias_is_created_where_there_is_none() -> None:
     w1, b1 = dead(draw(4, 3, 3, 3), 0, 2), draw(4)
     w2 = draw(2, 4, 1, 1)
-    model = image_model("a = Conv(x, w1, b1) y = Conv(a, w2)", dict(w1=w1, b1=b1, w2=w2))
+    model = image_model("a = Conv(x, w1, b1) y = Conv(a, w2)", {"w1": w1, "b1": b1, "w2": w2})
     small = shrunk(model)
     assert len(small.graph.node[-1].input) == 3
     np.testing.assert_allclose(
@@ -79,7 +81,7 @@ def test_under_padding_one_channel_of_ones_stands_for_all_constants() -> None:
     w1, b1 = dead(draw(6, 3, 1, 1), 1, 3, 4), np.array([0.1, 0.5, -0.2, 0.3, -2.0, 0.4], np.float32)
     w2, b2 = draw(2, 6, 3, 3), draw(2)
     body = "a = Conv(x, w1, b1) y = Conv <pads = [1, 1, 1, 1]> (a, w2, b2)"
-    model = image_model(body, dict(w1=w1, b1=b1, w2=w2, b2=b2), inputs="float[N, 3, H, W] x")
+    model = image_model(body, {"w1": w1, "b1": b1, "w2": w2, "b2": b2}, inputs="float[N, 3, H, W] x")
     small = shrunk(model)
     assert operators(small) == ["Conv", "Pad", "Conv"]
     assert shapes(small)["w1"] == (3, 3, 1, 1)
@@ -110,7 +112,7 @@ def test_transposed_convolutions_carry_constants(pads: list[int], groups: int) -
     w1, b1 = dead(draw(4, 3, 1, 1), 1, 2), draw(4)
     w2 = draw(4, 4 // groups, 2, 2)
     body = f"a = Conv(x, w1, b1) y = ConvTranspose <pads = {pads}, group = {groups}> (a, w2)"
-    model = image_model(body, dict(w1=w1, b1=b1, w2=w2))
+    model = image_model(body, {"w1": w1, "b1": b1, "w2": w2})
     check_same(model, shrunk(model), x=IMAGE)
 
 
@@ -142,7 +144,7 @@ def test_transposed_convolutions_carry_constants(pads: list[int], groups: int) -
 )
 def test_constants_through_windows(node: str) -> None:
     w1, b1 = dead(draw(4, 3, 1, 1), 1, 2), np.array([0.1, 0.5, 0.0, 0.3], np.float32)
-    weights = dict(w1=w1, b1=b1, w2=draw(2, 4, 1, 1))
+    weights = {"w1": w1, "b1": b1, "w2": draw(2, 4, 1, 1)}
     if "pads)" in node or "pads," in node.split("(")[-1]:
         weights["pads"] = np.array([0, 0, 1, 1, 0, 0, 2, 0])
     if "half" in node:
@@ -164,7 +166,12 @@ def test_constants_through_windows(node: str) -> None:
 
 
 def test_a_residual_branch_of_zeros_vanishes() -> None:
-    weights = dict(w1=draw(4, 3, 1, 1), w2=draw(4, 4, 3, 3), w3=np.zeros((4, 4, 3, 3), np.float32), w4=draw(2, 4, 1, 1))
+    weights = {
+        "w1": draw(4, 3, 1, 1),
+        "w2": draw(4, 4, 3, 3),
+        "w3": np.zeros((4, 4, 3, 3), np.float32),
+        "w4": draw(2, 4, 1, 1),
+    }
     body = """a = Conv(x, w1) r = Relu(a) b = Conv <pads = [1, 1, 1, 1]> (r, w2) c = Relu(b)
               d = Conv <pads = [1, 1, 1, 1]> (c, w3) s = Add(r, d) y = Conv(s, w4)"""
     model = image_model(body, weights)
@@ -175,7 +182,7 @@ def test_a_residual_branch_of_zeros_vanishes() -> None:
 
 
 def test_a_constant_branch_becomes_the_constant() -> None:
-    weights = dict(w1=draw(4, 3, 1, 1), w3=np.zeros((4, 4, 1, 1), np.float32), b3=draw(4), w4=draw(2, 4, 1, 1))
+    weights = {"w1": draw(4, 3, 1, 1), "w3": np.zeros((4, 4, 1, 1), np.float32), "b3": draw(4), "w4": draw(2, 4, 1, 1)}
     model = image_model("r = Conv(x, w1) d = Conv(r, w3, b3) e = Sigmoid(d) s = Mul(r, e) y = Conv(s, w4)", weights)
     small = shrunk(model)
     assert operators(small) == ["Conv", "Mul", "Conv"]
@@ -184,7 +191,12 @@ def test_a_constant_branch_becomes_the_constant() -> None:
 
 
 def test_a_gate_of_one_is_left_out() -> None:
-    weights = dict(w1=draw(4, 3, 1, 1), g=np.zeros((4, 4, 1, 1), np.float32), b=np.ones(4, np.float32), w4=draw(2, 4, 1, 1))
+    weights = {
+        "w1": draw(4, 3, 1, 1),
+        "g": np.zeros((4, 4, 1, 1), np.float32),
+        "b": np.ones(4, np.float32),
+        "w4": draw(2, 4, 1, 1),
+    }
     body = "r = Conv(x, w1) m = GlobalAveragePool(r) d = Conv(m, g, b) e = Relu(d) s = Mul(r, e) y = Conv(s, w4)"
     model = image_model(body, weights)
     small = shrunk(model)
@@ -193,7 +205,7 @@ def test_a_gate_of_one_is_left_out() -> None:
 
 
 def test_a_concat_of_one_and_a_dead_part() -> None:
-    weights = dict(w1=draw(4, 3, 1, 1), w2=np.zeros((3, 3, 1, 1), np.float32), w4=draw(2, 7, 1, 1))
+    weights = {"w1": draw(4, 3, 1, 1), "w2": np.zeros((3, 3, 1, 1), np.float32), "w4": draw(2, 7, 1, 1)}
     model = image_model("a = Conv(x, w1) b = Conv(x, w2) s = Concat <axis = 1> (a, b) y = Conv(s, w4)", weights)
     small = shrunk(model)
     assert operators(small) == ["Conv", "Conv"]
@@ -206,8 +218,18 @@ def test_a_concat_of_one_and_a_dead_part() -> None:
 
 def test_batch_norm_after_relu_moves_the_constant() -> None:
     w1, b1 = dead(draw(4, 3, 3, 3), 1, 2), np.array([0.1, 0.5, -0.2, 0.3], np.float32)
-    weights = dict(w1=w1, b1=b1, g=draw(4), h=draw(4), m=draw(4), v=np.abs(draw(4)), w2=draw(2, 4, 1, 1))
-    model = image_model("a = Conv(x, w1, b1) r = Relu(a) n = BatchNormalization(r, g, h, m, v) y = Conv(n, w2)", weights)
+    weights = {
+        "w1": w1,
+        "b1": b1,
+        "g": draw(4),
+        "h": draw(4),
+        "m": draw(4),
+        "v": np.abs(draw(4)),
+        "w2": draw(2, 4, 1, 1),
+    }
+    model = image_model(
+        "a = Conv(x, w1, b1) r = Relu(a) n = BatchNormalization(r, g, h, m, v) y = Conv(n, w2)", weights
+    )
     small = shrunk(model)
     found = shapes(small)
     assert [found[name] for name in "ghmv"] == [(2,)] * 4
@@ -216,7 +238,7 @@ def test_batch_norm_after_relu_moves_the_constant() -> None:
 
 
 def test_instance_norm_turns_a_zero_channel_into_its_bias() -> None:
-    weights = dict(w1=dead(draw(4, 3, 3, 3), 1), g=draw(4), h=draw(4), w2=draw(2, 4, 1, 1))
+    weights = {"w1": dead(draw(4, 3, 3, 3), 1), "g": draw(4), "h": draw(4), "w2": draw(2, 4, 1, 1)}
     model = image_model("a = Conv(x, w1) n = InstanceNormalization(a, g, h) y = Conv(n, w2)", weights)
     small = shrunk(model)
     assert shapes(small)["w2"] == (2, 3, 1, 1)
@@ -229,7 +251,7 @@ def test_instance_norm_turns_a_zero_channel_into_its_bias() -> None:
 @pytest.mark.parametrize("opset", [18, 21])
 def test_group_norm_loses_whole_groups(opset: int) -> None:
     size = 3 if opset == 18 else 6
-    weights = dict(w1=dead(draw(6, 3, 3, 3), 2, 3, 4), g=draw(size), h=draw(size), w2=draw(2, 6, 1, 1))
+    weights = {"w1": dead(draw(6, 3, 3, 3), 2, 3, 4), "g": draw(size), "h": draw(size), "w2": draw(2, 6, 1, 1)}
     body = "a = Conv(x, w1) n = GroupNormalization <num_groups = 3> (a, g, h) y = Conv(n, w2)"
     model = image_model(body, weights, opset=opset)
     small = shrunk(model)
@@ -240,10 +262,11 @@ def test_group_norm_loses_whole_groups(opset: int) -> None:
 
 
 def test_group_norm_in_its_reshape_form() -> None:
-    weights = dict(
-        w1=dead(draw(6, 3, 3, 3), 2, 3, 4), to=np.array([0, 3, -1]), one=np.ones(3, np.float32), nil=np.zeros(3, np.float32),
-        back=np.array([-1, 6, 4, 4]), g=draw(6, 1, 1), h=draw(6, 1, 1), w2=draw(2, 6, 1, 1),
-    )  # fmt: skip
+    weights = {
+        "w1": dead(draw(6, 3, 3, 3), 2, 3, 4), "to": np.array([0, 3, -1]), "one": np.ones(3, np.float32),
+        "nil": np.zeros(3, np.float32),
+        "back": np.array([-1, 6, 4, 4]), "g": draw(6, 1, 1), "h": draw(6, 1, 1), "w2": draw(2, 6, 1, 1),
+    }  # fmt: skip
     body = """a = Conv(x, w1) f = Reshape(a, to) i = InstanceNormalization(f, one, nil) b = Reshape(i, back)
               s = Mul(b, g) n = Add(s, h) y = Conv(n, w2)"""
     model = image_model(body, weights)
@@ -256,8 +279,9 @@ def test_group_norm_in_its_reshape_form() -> None:
 
 
 def test_rms_norm_of_zeros_is_rescaled() -> None:
-    weights = dict(w1=dead(draw(5, 8), 1, 2, 5, axis=1), g=draw(8), w2=draw(8, 3))
-    text = "g (float[N, 5] x) => (float[N, 3] y) { a = MatMul(x, w1) n = RMSNormalization <epsilon = 0.1> (a, g) y = MatMul(n, w2) }"
+    weights = {"w1": dead(draw(5, 8), 1, 2, 5, axis=1), "g": draw(8), "w2": draw(8, 3)}
+    text = """g (float[N, 5] x) => (float[N, 3] y) {
+              a = MatMul(x, w1) n = RMSNormalization <epsilon = 0.1> (a, g) y = MatMul(n, w2) }"""
     model = build(text, opset=23, ir=11, **weights)
     small = shrunk(model)
     assert shapes(small) == {"w1": (5, 5), "g": (5,), "w2": (5, 3)}
@@ -268,7 +292,13 @@ def test_rms_norm_of_zeros_is_rescaled() -> None:
 
 
 def test_rms_norm_written_out() -> None:
-    weights = dict(w1=dead(draw(5, 8), 1, 2, 5, axis=1), g=draw(8), w2=draw(8, 3), two=np.array(2, np.float32), e=np.array(0.1, np.float32))
+    weights = {
+        "w1": dead(draw(5, 8), 1, 2, 5, axis=1),
+        "g": draw(8),
+        "w2": draw(8, 3),
+        "two": np.array(2, np.float32),
+        "e": np.array(0.1, np.float32),
+    }
     text = """g (float[N, 5] x) => (float[N, 3] y) { a = MatMul(x, w1) q = Pow(a, two) m = ReduceMean <axes = [-1]> (q)
               t = Add(m, e) s = Sqrt(t) n = Div(a, s) z = Mul(n, g) y = MatMul(z, w2) }"""
     model = build(text, **weights)
@@ -279,8 +309,10 @@ def test_rms_norm_written_out() -> None:
 
 
 def test_layer_norm_keeps_its_inputs_and_says_why() -> None:
-    weights = dict(w1=dead(draw(5, 8), 1, 2, 5, axis=1), g=draw(8), h=draw(8), w2=draw(8, 3))
-    text = "g (float[N, 5] x) => (float[N, 3] y) { a = MatMul(x, w1) n = LayerNormalization(a, g, h) y = MatMul(n, w2) }"
+    weights = {"w1": dead(draw(5, 8), 1, 2, 5, axis=1), "g": draw(8), "h": draw(8), "w2": draw(8, 3)}
+    text = (
+        "g (float[N, 5] x) => (float[N, 3] y) { a = MatMul(x, w1) n = LayerNormalization(a, g, h) y = MatMul(n, w2) }"
+    )
     model = build(text, **weights)
     small, plan = shrunk_with_plan(model)
     assert shapes(small)["w1"] == (5, 8)
@@ -290,8 +322,10 @@ def test_layer_norm_keeps_its_inputs_and_says_why() -> None:
 
 
 def test_layer_norm_outputs_of_zero_scale_are_constants() -> None:
-    weights = dict(w1=draw(5, 8), g=dead(draw(8), 3, 4), h=draw(8), w2=draw(8, 3))
-    text = "g (float[N, 5] x) => (float[N, 3] y) { a = MatMul(x, w1) n = LayerNormalization(a, g, h) y = MatMul(n, w2) }"
+    weights = {"w1": draw(5, 8), "g": dead(draw(8), 3, 4), "h": draw(8), "w2": draw(8, 3)}
+    text = (
+        "g (float[N, 5] x) => (float[N, 3] y) { a = MatMul(x, w1) n = LayerNormalization(a, g, h) y = MatMul(n, w2) }"
+    )
     model = build(text, **weights)
     check_same(model, shrunk(model), x=draw(4, 5))
 
@@ -314,7 +348,9 @@ def test_layer_norm_outputs_of_zero_scale_are_constants() -> None:
 def test_norms_over_channels_stay_exact(node: str, extra: dict[str, Any]) -> None:
     w1, b1 = dead(draw(4, 3, 1, 1), 1, 2), np.array([0.1, 0.5, 0.0, 0.3], np.float32)
     width = 1 if "Reduce" in node else 4
-    model = image_model(f"a = Conv(x, w1, b1) p = {node} y = Conv(p, w2)", dict(w1=w1, b1=b1, w2=draw(2, width, 1, 1), **extra))
+    model = image_model(
+        f"a = Conv(x, w1, b1) p = {node} y = Conv(p, w2)", dict(w1=w1, b1=b1, w2=draw(2, width, 1, 1), **extra)
+    )
     check_same(model, shrunk(model), x=IMAGE)
 
 
@@ -323,7 +359,9 @@ def test_norms_over_channels_stay_exact(node: str, extra: dict[str, Any]) -> Non
 
 def test_a_shared_weight_is_split_only_where_that_is_smaller() -> None:
     shared = dead(draw(6, 6), 1, axis=1)
-    text = "g (float[N, 5] x) => (float[N, 3] y) { a = MatMul(x, w) b = MatMul(a, s) c = MatMul(b, s) y = MatMul(c, z) }"
+    text = (
+        "g (float[N, 5] x) => (float[N, 3] y) { a = MatMul(x, w) b = MatMul(a, s) c = MatMul(b, s) y = MatMul(c, z) }"
+    )
     model = build(text, w=draw(5, 6), s=shared, z=draw(6, 3))
     small = shrunk(model)
     check_same(model, small, x=draw(4, 5))
@@ -331,7 +369,7 @@ def test_a_shared_weight_is_split_only_where_that_is_smaller() -> None:
 
 
 def test_a_bias_shared_between_layers() -> None:
-    weights = dict(w1=dead(draw(4, 3, 1, 1), 1), w2=dead(draw(4, 4, 1, 1), 2), b=draw(4), w3=draw(2, 4, 1, 1))
+    weights = {"w1": dead(draw(4, 3, 1, 1), 1), "w2": dead(draw(4, 4, 1, 1), 2), "b": draw(4), "w3": draw(2, 4, 1, 1)}
     model = image_model("a = Conv(x, w1, b) r = Relu(a) c = Conv(r, w2, b) d = Relu(c) y = Conv(d, w3)", weights)
     small = shrunk(model)
     check_same(model, small, x=IMAGE)
@@ -339,7 +377,7 @@ def test_a_bias_shared_between_layers() -> None:
 
 
 def test_an_initializer_that_the_caller_may_replace_stays() -> None:
-    weights = dict(w1=dead(draw(4, 3, 1, 1), 1), w2=draw(2, 4, 1, 1))
+    weights = {"w1": dead(draw(4, 3, 1, 1), 1), "w2": draw(2, 4, 1, 1)}
     model = image_model("a = Conv(x, w1) y = Conv(a, w2)", weights)
     info = onnx.helper.make_tensor_value_info("w1", onnx.TensorProto.FLOAT, [4, 3, 1, 1])
     model.graph.input.append(info)
@@ -350,7 +388,7 @@ def test_an_initializer_that_the_caller_may_replace_stays() -> None:
 
 
 def test_before_ir_4_initializers_are_listed_as_inputs() -> None:
-    weights = dict(w1=dead(draw(4, 3, 1, 1), 1), w2=draw(2, 4, 1, 1))
+    weights = {"w1": dead(draw(4, 3, 1, 1), 1), "w2": draw(2, 4, 1, 1)}
     model = image_model("a = Conv(x, w1) y = Conv(a, w2)", weights, opset=11)
     model.ir_version = 3
     for name, shape in (("w1", [4, 3, 1, 1]), ("w2", [2, 4, 1, 1])):
@@ -363,10 +401,10 @@ def test_before_ir_4_initializers_are_listed_as_inputs() -> None:
 
 
 def test_half_precision() -> None:
-    weights = dict(
-        w1=dead(draw(6, 3, 1, 1, dtype=np.float16), 1, 3), b1=draw(6, dtype=np.float16),
-        w2=draw(4, 6, 3, 3, dtype=np.float16), w3=draw(2, 4, 1, 1, dtype=np.float16),
-    )  # fmt: skip
+    weights = {
+        "w1": dead(draw(6, 3, 1, 1, dtype=np.float16), 1, 3), "b1": draw(6, dtype=np.float16),
+        "w2": draw(4, 6, 3, 3, dtype=np.float16), "w3": draw(2, 4, 1, 1, dtype=np.float16),
+    }  # fmt: skip
     text = """g (float16[N, 3, 6, 6] x) => (float16[N, 2, 6, 6] y)
       { a = Conv(x, w1, b1) r = Sigmoid(a) c = Conv <pads = [1, 1, 1, 1]> (r, w2) y = Conv(c, w3) }"""
     model = build(text, **weights)
@@ -378,8 +416,8 @@ def test_half_precision() -> None:
 
 
 def test_double_precision() -> None:
-    weights = dict(w1=dead(draw(3, 6, dtype=np.float64), 1, 3, axis=1), b1=draw(6, dtype=np.float64))
-    weights |= dict(w2=draw(6, 2, dtype=np.float64))
+    weights = {"w1": dead(draw(3, 6, dtype=np.float64), 1, 3, axis=1), "b1": draw(6, dtype=np.float64)}
+    weights |= {"w2": draw(6, 2, dtype=np.float64)}
     text = """g (double[N, 3] x) => (double[N, 2] y)
       { a = MatMul(x, w1) c = Add(a, b1) r = Sigmoid(c) y = MatMul(r, w2) }"""
     model = build(text, **weights)
@@ -394,7 +432,7 @@ def test_if_bodies_shrink() -> None:
       b = If (c) <then_branch = t () => (float[N, 6] p) { p = Relu(a) },
                   else_branch = e () => (float[N, 6] q) { h = MatMul(a, w2) q = Add(h, a) }>
       y = MatMul(b, w3) }"""
-    weights = dict(w1=dead(draw(3, 6), 1, 4, axis=1), w2=dead(draw(6, 6), 1, 4, axis=1), w3=draw(6, 2))
+    weights = {"w1": dead(draw(3, 6), 1, 4, axis=1), "w2": dead(draw(6, 6), 1, 4, axis=1), "w3": draw(6, 2)}
     model = build(text, **weights)
     small = shrunk(model)
     assert shapes(small) == {"w1": (3, 4), "w2": (4, 4), "w3": (4, 2)}
@@ -422,7 +460,10 @@ def test_extents_read_for_other_purposes_keep_their_value() -> None:
 
 
 def test_everything_dead_still_runs() -> None:
-    model = image_model("a = Conv(x, w1, b1) y = Conv(a, w2)", dict(w1=np.zeros((4, 3, 1, 1), np.float32), b1=draw(4), w2=draw(2, 4, 1, 1)))
+    model = image_model(
+        "a = Conv(x, w1, b1) y = Conv(a, w2)",
+        {"w1": np.zeros((4, 3, 1, 1), np.float32), "b1": draw(4), "w2": draw(2, 4, 1, 1)},
+    )
     small = shrunk(model)
     check_same(model, small, x=IMAGE)
     assert parameters(small) < parameters(model)

@@ -1,7 +1,8 @@
 """Print what is known of every operator as a Markdown table: opsets, how its axes hang together, traits, refusals.
 
-python tools/op_table.py            the whole table
-python tools/op_table.py --smoke    check that it can be made, and print how many rows it has
+python tools/op_table.py                             print the table
+python tools/op_table.py --output docs/operators.md  write the page of the documentation
+python tools/op_table.py --smoke                     check that it can be made, and print how many rows it has
 """
 
 from __future__ import annotations
@@ -9,12 +10,32 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import onnx
 
 from onnxshrink.registry import NEWEST, Rule, rules
 
 HEADER = ("operator", "opsets", "axes", "traits")
+TITLE = "# Operators"
+NOTES = """\
+Written by `tools/op_table.py --output docs/operators.md`.
+
+One line per operator, and per range of opsets where its rules differ; a range begins where the operator, or the form
+of it that the rule knows, begins. Operators that are not listed, and those of unknown domains, are kept whole:
+everything that they read is needed, and nothing of what they write is known.
+
+**axes** tells how the axes of inputs and outputs hang together, one letter for one factor, `*a` for any number of axes
+with a factor each. A factor between square brackets is not separable, so its axis stays as it is; an axis between
+parentheses is a product of factors, as after a Reshape. `1` is an axis of one element. Where the relation depends on
+attributes or extents, the rule makes it from the node, and the line says so.
+
+**traits** are what a rule says beyond its axes. *own constants*: it computes outputs that do not depend on the model's
+inputs. *own needs*: it says which elements of its inputs the needed outputs read. *keeps what it must*: some elements
+stay although nothing reads them. *lets one constant stand for others*: constants that differ in a factor are carried by
+one channel. *folds constants*: constants that leave are added to a bias. *changes attributes or weights*: what must be
+rewritten when an axis shrinks. *takes compressed constants*: a constant that is the same along an axis may have one
+element there. *not finite everywhere*: infinite or no result for some inputs, so that its inputs are never made up."""
 _TRAITS = {
     "forward": "own constants",
     "backward": "own needs",
@@ -76,14 +97,24 @@ def rows() -> list[tuple[str, str, str, str]]:
 
 def table(cells: Sequence[Sequence[str]]) -> str:
     """Rows as Markdown."""
-    lines = [HEADER, ["---"] * len(HEADER), *cells]
+    lines: list[Sequence[str]] = [HEADER, ["---"] * len(HEADER), *cells]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def page() -> str:
+    """The table as a page of its own."""
+    return f"{TITLE}\n\n{NOTES}\n\n{table(rows())}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="print the table of operators as Markdown")
     parser.add_argument("--smoke", action="store_true", help="make the table and print its number of rows only")
+    parser.add_argument("--output", type=Path, help="write the table to this file, with a heading and an explanation")
     arguments = parser.parse_args(argv)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(page(), encoding="utf-8")
+        return 0
     cells = rows()
     print(f"{len(cells)} rules" if arguments.smoke else table(cells))
     return 0

@@ -34,21 +34,50 @@ class Planner(Agreement):
 
     def _share(self) -> bool:
         """Let the uses of one constant agree where the copies would be larger than what they agree on."""
-        uses: dict[str, list[tuple[Node, int, Kept]]] = {}
-        for node in self.nodes:
-            names = [n for n in node.inputs if n in self.shared]
-            if names and self.working(node):
-                view = self.view(node)
-                for slot, name in enumerate(node.inputs):
-                    if name in names:
-                        uses.setdefault(name, []).append((node, slot, list(view.kept[slot])))
         grown = False
-        for name, found in uses.items():
-            together = _agreed([kept for _, _, kept in found])
-            if together is not None:
-                for node, slot, _ in found:
-                    grown |= self._grow_constant(node, slot, name, together)
+        for name in sorted(self.shared):
+            before, state, changed = self._weights(), self.snapshot(), False
+            while self._unite(name):
+                changed = True
+            if changed and self._weights() > before:
+                # What comes back with it weighs more than the copy.
+                self.restore(state)
+                self.shared.discard(name)
+            else:
+                grown |= changed
         return grown
+
+    def _unite(self, name: str) -> bool:
+        """Let each use of a constant keep what the others keep. Whether that grew a set."""
+        found = [(node, slot, kept) for node, slot, other, kept in self._constant_uses() if other == name]
+        together = _agreed([kept for _, _, kept in found])
+        if together is None:
+            return False
+        grown = any([self._grow_constant(node, slot, name, together) for node, slot, _ in found])
+        self.grow()
+        return grown
+
+    def _constant_uses(self) -> list[tuple[Node, int, str, Kept]]:
+        """Every use of a constant: the node, the input, the constant, what this use keeps."""
+        found = []
+        for node in self.nodes:
+            if self.working(node):
+                kept = self.view(node).kept
+                found += [
+                    (node, slot, name, list(kept[slot]))
+                    for slot, name in enumerate(node.inputs)
+                    if name in self.analysis.constants and slot in kept
+                ]
+        return found
+
+    def _weights(self) -> int:
+        """Elements of all constants as they would be written, equal copies once."""
+        sizes = {}
+        for _, _, name, kept in self._constant_uses():
+            masks = [mask for mask in kept if mask is not None]
+            key = (name, *(mask.tobytes() for mask in masks))
+            sizes[key] = int(np.prod([int(mask.sum()) for mask in masks], dtype=np.int64))
+        return sum(sizes.values())
 
     def _grow_constant(self, node: Node, slot: int, constant: str, wanted: list[BoolArray]) -> bool:
         """Let a use of a constant keep more, by growing the computed operands that share its factors."""

@@ -99,6 +99,16 @@ class Sets:
             self.queued.add(node.index)
             self.queue.append(node)
 
+    def snapshot(self) -> tuple[dict[str, Kept], dict[str, list[Array | None]], set[str]]:
+        """What is kept now, to return to."""
+        kept = {name: [None if k is None else k.copy() for k in axes] for name, axes in self.kept.items()}
+        cause = {name: [None if c is None else c.copy() for c in axes] for name, axes in self.cause.items()}
+        return kept, cause, set(self.present)
+
+    def restore(self, state: tuple[dict[str, Kept], dict[str, list[Array | None]], set[str]]) -> None:
+        """Return to what was kept at a snapshot."""
+        self.kept, self.cause, self.present = state
+
     def _touch(self, name: str) -> None:
         for node in self.users.get(name, ()):
             self._enqueue(node)
