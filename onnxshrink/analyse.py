@@ -44,6 +44,7 @@ class Analysis:
         relations: per node index, how its axes hang together.
         refusals: nodes kept whole for want of a rule, with the reason.
         derived: names of constants that are computed from constants.
+        taken: indices of nodes whose outputs are constants although their inputs are not.
         shapes: shapes that are better known than by inference.
         throughout: indices of nodes with a partial function whose inputs are needed everywhere.
         readers: how many inputs read each tensor.
@@ -60,6 +61,7 @@ class Analysis:
     readers: Counter[str] = field(default_factory=Counter)
     throughout: set[int] = field(default_factory=set)
     shapes: dict[str, Shape] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)
 
     def nodes(self) -> list[Node]:
         """The nodes that compute something that is not constant."""
@@ -194,6 +196,24 @@ def _forward(analysis: Analysis, node: Node) -> None:
     for name, fact in zip(node.outputs, facts, strict=True):
         if name and fact is not None and fact.anything:
             analysis.known[name] = fact
+    _take_for_constants(analysis, node)
+
+
+def _take_for_constants(analysis: Analysis, node: Node) -> None:
+    """Small vectors and integers that turn out to be known are constants, whatever they were made from."""
+    operands = [analysis.operand(name) for name in node.outputs if name]
+    values = [operand.value() for operand in operands if operand.name in analysis.known]
+    small = [
+        v for v in values if v is not None and v.nbytes <= _DERIVED_BYTES and (v.ndim <= 1 or v.dtype.kind in "iub")
+    ]
+    if len(small) < len(operands):
+        return
+    for operand, value in zip(operands, small, strict=True):
+        found = np.array(value)
+        analysis.constants[operand.name] = Constant(operand.name, found.shape, found.dtype, partial(same, found))
+        analysis.derived.add(operand.name)
+    if operands:
+        analysis.taken.add(node.index)
 
 
 def _spread_periods(analysis: Analysis, view: View, relation: Relation) -> bool:

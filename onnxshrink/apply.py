@@ -23,6 +23,11 @@ from onnxshrink.weights import Array, same
 def apply(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
     """The smaller model. The graph that was analysed is not changed."""
     editor = Editor(analysis.graph)
+    for node in analysis.graph.nodes:
+        if node.index in analysis.taken:
+            for index, name in enumerate(node.outputs):
+                if name:
+                    editor.settle(editor.find(node), index, analysis.constants[name].array())
     for node in analysis.nodes():
         if node.index in plan.settled:
             for index, value in enumerate(plan.settled[node.index]):
@@ -65,6 +70,7 @@ class _Site:
 
     def __init__(self, analysis: Analysis, plan: Plan, editor: Editor, node: Node) -> None:
         self.editor = editor
+        self.derived = analysis.derived
         self.plan = plan
         self.node = node
         self.view = plan_view(analysis, plan, node)
@@ -97,9 +103,13 @@ class _Site:
             if slot in frozen:
                 value = np.asarray(taken(frozen[slot], kept), order="C")
                 self._connect(slot, operand, partial(same, value), None)
-            elif any(mask is not None and not mask.all() for mask in kept):
+            elif any(mask is not None and not mask.all() for mask in kept) or self._is_folded(operand):
                 key = (operand.name, tuple(None if m is None else m.tobytes() for m in kept))
                 self._connect(slot, operand, partial(_slice, operand, kept), key)
+
+    def _is_folded(self, operand: Operand) -> bool:
+        """Whether an integer constant is computed from others: written out, it frees what it was computed from."""
+        return operand.name in self.derived and operand.dtype is not None and operand.dtype.kind in "iub"
 
     def _connect(self, slot: int, operand: Operand, read: Callable[[], Array], key: Any) -> None:
         tensor = self.editor.constant(f"{operand.name}_shrunk", read, key)

@@ -284,13 +284,14 @@ def fill(graph: onnx.GraphProto) -> bool:
     """
     types = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
     values = {tensor.name: _of_tensor(tensor) for tensor in graph.initializer}
+    constant: dict[str, Dims] = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     changed = False
     for proto in graph.node:
         if proto.op_type == "Constant":
             values[proto.output[0]] = next((_of_tensor(a.t) for a in proto.attribute if a.name == "value"), None)
         if proto.domain not in ("", "ai.onnx") or not (proto.op_type in _VALUES or proto.op_type in _EXTENTS):
             continue
-        shapes = tuple(_dims(types.get(name)) for name in proto.input)
+        shapes = tuple(constant.get(name) or _dims(types.get(name)) for name in proto.input)
         node = _Node(proto, tuple(values.get(name) for name in proto.input), shapes)
         if proto.op_type in _VALUES:
             values[proto.output[0]] = _VALUES[proto.op_type](node)

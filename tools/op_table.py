@@ -30,12 +30,13 @@ with a factor each. A factor between square brackets is not separable, so its ax
 parentheses is a product of factors, as after a Reshape. `1` is an axis of one element. Where the relation depends on
 attributes or extents, the rule makes it from the node, and the line says so.
 
-**traits** are what a rule says beyond its axes. *own constants*: it computes outputs that do not depend on the model's
-inputs. *own needs*: it says which elements of its inputs the needed outputs read. *keeps what it must*: some elements
-stay although nothing reads them. *lets one constant stand for others*: constants that differ in a factor are carried by
-one channel. *folds constants*: constants that leave are added to a bias. *changes attributes or weights*: what must be
-rewritten when an axis shrinks. *takes compressed constants*: a constant that is the same along an axis may have one
-element there. *not finite everywhere*: infinite or no result for some inputs, so that its inputs are never made up."""
+**traits** are what a rule says beyond its axes. *own constants*: it computes outputs that do not depend on the
+model's inputs. *own needs*: it says which elements of its inputs the needed outputs read. *keeps what it must*: some
+elements stay although nothing reads them. *lets one constant stand for others*: one constant channel stays where a
+bias cannot carry what the others add. *folds constants*: constants that leave are added to a bias. *changes
+attributes or weights*: what must be rewritten when an axis shrinks. *takes compressed constants*: a constant that is
+the same along an axis may have one element there. *not finite everywhere*: infinite or no result for some inputs, so
+that its inputs are never made up."""
 _TRAITS = {
     "forward": "own constants",
     "backward": "own needs",

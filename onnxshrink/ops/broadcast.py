@@ -35,7 +35,7 @@ def _quotient(view: View) -> list[Known | None]:
     """Zero divided by anything is zero: where the divisor were zero too, the model would give no number."""
     (found,) = pointwise(view)
     dividend, output = view.data(0), view.output()
-    zero = dividend.zero()
+    zero = np.asarray(dividend.zero() & ~view.data(1).zero())
     if not zero.any() or not np.issubdtype(output.dtype or np.dtype(np.int64), np.floating):
         return [found]
     zero = zero.reshape((1,) * (output.rank - zero.ndim) + zero.shape)

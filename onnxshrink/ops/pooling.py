@@ -35,16 +35,30 @@ def _padded(view: View) -> bool:
     return automatic not in ("NOTSET", "VALID") or any(pad != 0 for pad in view.attribute("pads", []))
 
 
+def _windows_touch(view: View) -> bool:
+    """Whether even the last window of an axis begins inside the tensor.
+
+    Rounded up, the last window begins before extent + pad_begin + stride - kernel + pad_end - pad_begin.
+    """
+    if not view.attribute("ceil_mode", 0):
+        return True
+    kernel = view.attribute("kernel_shape", [])
+    ends = view.attribute("pads", [0] * 2 * len(kernel))[len(kernel) :]
+    strides = view.attribute("strides", [1] * len(kernel))
+    plain = set(view.attribute("dilations", [1])) == {1} and view.attribute("auto_pad", "NOTSET") == "NOTSET"
+    return plain and all(s + e <= k for k, s, e in zip(kernel, strides, ends, strict=True))
+
+
 def _average_keeps(view: View) -> bool:
     """An average of equal values is that value, unless zeros of the padding are counted."""
-    if view.attribute("ceil_mode", 0):
+    if not _windows_touch(view):
         return False
     return not (_padded(view) and view.attribute("count_include_pad", 0))
 
 
 def _maximum_keeps(view: View) -> bool:
-    """Padding counts as minus infinity, and every window touches the tensor."""
-    return not view.attribute("ceil_mode", 0)
+    """Padding counts as minus infinity, so every window must touch the tensor."""
+    return _windows_touch(view)
 
 
 def _always(view: View) -> bool:

@@ -26,8 +26,10 @@ def freeze(analysis: Analysis, node: Node) -> dict[int, Array]:
         if operand is None or operand.constant is not None or not _replaceable(analysis, operand):
             continue
         others = [o for s, o in enumerate(view.inputs) if s != slot and s not in frozen and o is not None]
-        if _covers(output, others, operand):
-            frozen[slot] = stand_in(operand.known)
+        value = stand_in(operand.known)
+        # A constant that varies along several axes may well be larger than what computes it.
+        if value.size == max(value.shape, default=1) and _covers(output, others, operand):
+            frozen[slot] = value
     return frozen
 
 

@@ -100,11 +100,20 @@ class Planner(Agreement):
                 continue
             for axis, kept in enumerate(self.kept[name]):
                 if kept is not None and kept.size and not kept.any():
-                    first = np.zeros_like(kept)
-                    first[0] = True
-                    self._add(name, axis, first, Cause("", name, "an axis keeps at least one index"))
+                    chosen = np.zeros_like(kept)
+                    chosen[self._best_host(name, axis, kept.size)] = True
+                    self._add(name, axis, chosen, Cause("", name, "an axis keeps at least one index"))
                     return True
         return False
+
+    def _best_host(self, name: str, axis: int, extent: int) -> int:
+        """The index of the largest constant, in which others can be folded; the first where nothing is known."""
+        known = self.analysis.known.get(name)
+        if known is None or known.value.dtype.kind != "f":
+            return 0
+        size = np.where(known.mask, np.abs(known.value.astype(np.float64)), 0.0)
+        largest = size.max(axis=tuple(a for a in range(size.ndim) if a != axis))
+        return int(np.broadcast_to(largest, (extent,)).argmax())
 
     def misjoined(self) -> set[int]:
         """Nodes whose groups were joined, and would now be smaller apart: more is kept than when that was decided."""

@@ -27,6 +27,8 @@ from onnxshrink.plan import Plan
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
 FLOOR, NOISE_FACTOR = 1e-5, 20.0
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"})
+PROJECTIONS = {"qkv": 3, "kv": 2, "q": 1, "k": 1, "v": 1}
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -90,8 +92,13 @@ def prune(module: nn.Module, variant: Variant) -> nn.Module:
         for name, part in module.named_modules():
             _unsettle(part, generator)
             if name.split(".")[-1] != "head":
+                if isinstance(part, (nn.LSTM, nn.GRU)):
+                    _silence_units(part, _dead_rows(name, part.hidden_size, variant))
                 for axis, weights, vectors in _layers(part):
                     dead = _dead_rows(name, weights[0].shape[axis], variant)
+                    parts = _parts(module, name)
+                    if parts is not None and variant.together:
+                        dead = _dead_heads(weights[0].shape[axis], *parts)
                     for weight in weights:
                         weight.index_fill_(axis, dead, 0.0)
                     for vector in vectors if variant.silent else ():
@@ -113,6 +120,14 @@ def _unsettle(part: nn.Module, generator: torch.Generator) -> None:
         bias.normal_(0, 0.3, generator=generator)
 
 
+def _silence_units(part: nn.LSTM | nn.GRU, dead: torch.Tensor) -> None:
+    """Hidden units that stay at zero: no weight of any gate, in either direction."""
+    gates = part.weight_hh_l0.shape[0] // part.hidden_size
+    rows = (torch.arange(gates)[:, None] * part.hidden_size + dead).flatten()
+    for weight in part.parameters():
+        weight.index_fill_(0, rows, 0.0)
+
+
 def _layers(part: nn.Module) -> Iterator[tuple[int, list[torch.Tensor], list[torch.Tensor]]]:
     """Axis of the outputs, weights, and biases."""
     if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Linear)):
@@ -126,6 +141,26 @@ def _dead_rows(name: str, count: int, variant: Variant) -> torch.Tensor:
     key = str(count) if variant.together else name
     rng = np.random.default_rng([variant.seed, zlib.crc32(key.encode())])
     return torch.as_tensor(np.sort(rng.permutation(count)[: count // 2]))
+
+
+def _parts(module: nn.Module, name: str) -> tuple[int, int] | None:
+    """Of a layer that makes queries, keys or values: how many of these, and how many heads of each."""
+    owner, _, last = name.removesuffix(".linear").rpartition(".")
+    owner = owner.rpartition(".")[0] if last.isdigit() else owner
+    last = name.removesuffix(".linear").split(".")[-2] if last.isdigit() else last
+    if last not in PROJECTIONS:
+        return None
+    parent = module.get_submodule(owner)
+    return 1 if hasattr(parent, "keys") else PROJECTIONS[last], getattr(parent, "heads", 4)
+
+
+def _dead_heads(count: int, parts: int, heads: int) -> torch.Tensor:
+    """The rows of every other head, and the last half of the dimensions of the rest."""
+    grid = torch.zeros(parts, heads, count // parts // heads, dtype=torch.bool)
+    grid[:, ::2] = True
+    if grid.shape[2] < 8:  # else queries, keys and values share this axis
+        grid[:, :, grid.shape[2] // 2 :] = True
+    return grid.flatten().nonzero().flatten()
 
 
 def _silence_norms(module: nn.Module) -> None:
@@ -147,7 +182,7 @@ def export(module: nn.Module, shapes: tuple[tuple[int, ...], ...], variant: Vari
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         if variant.dynamo:
-            free = tuple({axis: torch.export.Dim.DYNAMIC for axis in variant.free} for _ in shapes)
+            free = tuple(dict.fromkeys(variant.free, torch.export.Dim.DYNAMIC) for _ in shapes)
             program = torch.onnx.export(
                 module, inputs, input_names=names, dynamo=True, dynamic_shapes=free, optimize=variant.fold
             )
@@ -190,7 +225,7 @@ def compare(model: onnx.ModelProto, small: onnx.ModelProto, inputs: list[Feed]) 
     sessions = [_session(model, True), _session(small, True), _session(model, False)]
     for feed in inputs:
         for a, b, c in zip(*(session.run(None, feed) for session in sessions), strict=True):
-            if a.shape != b.shape or not np.isfinite(b).all() and np.isfinite(a).all():
+            if a.shape != b.shape or (not np.isfinite(b).all() and np.isfinite(a).all()):
                 return float("inf"), noise
             scale = float(np.abs(a).max()) or 1.0
             error = max(error, float(np.abs(a - b).max()) / scale)
@@ -234,8 +269,9 @@ def extra(analysis: Analysis, plan: Plan) -> Iterator[tuple[str, tuple[int, str]
 
 def idle(model: onnx.ModelProto, plan: Plan, inputs: list[Feed]) -> dict[str, int]:
     """How many kept channels turn out to be one constant for all positions of two different inputs."""
-    names = [n for n in plan.present if n not in {o.name for o in model.graph.output}]
-    names = [n for n in names if plan.kept[n]]
+    outputs = {o.name for o in model.graph.output}
+    made = [n.output[0] for n in model.graph.node if n.op_type in PRODUCTS]
+    names = [name for name in made if name in plan.present and name not in outputs]
     exposed = onnx.ModelProto()
     exposed.CopyFrom(model)
     del exposed.graph.output[:]
