@@ -196,7 +196,8 @@ def _forward(analysis: Analysis, node: Node) -> None:
     for name, fact in zip(node.outputs, facts, strict=True):
         if name and fact is not None and fact.anything:
             analysis.known[name] = fact
-    _take_for_constants(analysis, node)
+    if not rule.decodes:
+        _take_for_constants(analysis, node)
 
 
 def _take_for_constants(analysis: Analysis, node: Node) -> None:

@@ -53,7 +53,9 @@ class Planner(Agreement):
         together = _agreed([kept for _, _, kept in found])
         if together is None:
             return False
-        grown = any([self._grow_constant(node, slot, name, together) for node, slot, _ in found])
+        grown = False
+        for node, slot, _ in found:
+            grown |= self._grow_constant(node, slot, name, together)
         self.grow()
         return grown
 

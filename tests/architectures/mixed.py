@@ -236,19 +236,22 @@ class Crossvit(nn.Module):
         self.places = nn.ParameterList([nn.Parameter(torch.randn(1, n, w)) for n, w in ((65, 12), (17, 16))])
         self.norms = nn.ModuleList([nn.LayerNorm(w) for w in widths])
         self.attention = nn.ModuleList([SelfAttention(w, 4) for w in widths])
+        self.mlp_norms = nn.ModuleList([nn.LayerNorm(w) for w in widths])
+        self.mlps = nn.ModuleList([Mlp(w, 2 * w) for w in widths])
         self.across = nn.ModuleList([nn.Linear(a, b) for a, b in ((12, 16), (16, 12))])
         self.back = nn.ModuleList([nn.Linear(a, b) for a, b in ((16, 12), (12, 16))])
         self.q = nn.ModuleList([nn.Linear(w, w) for w in (16, 12)])
         self.kv = nn.ModuleList([nn.Linear(w, 2 * w) for w in (16, 12)])
+        self.out = nn.ModuleList([nn.Linear(w, w) for w in (16, 12)])
         self.ends = nn.ModuleDict({str(i): nn.ModuleDict({"head": nn.Linear(w, 5)}) for i, w in enumerate(widths)})
 
     def forward(self, x: Tensor) -> Tensor:
         branches = []
-        for patches, token, place, norm, attention in zip(
-            self.patches, self.tokens, self.places, self.norms, self.attention, strict=True
-        ):
-            y = torch.cat([token.expand(x.shape[0], -1, -1), patches(x).flatten(2).transpose(1, 2)], 1) + place
-            branches.append(y + attention(norm(y)))
+        for index, patches in enumerate(self.patches):
+            token = self.tokens[index].expand(x.shape[0], -1, -1)
+            y = torch.cat([token, patches(x).flatten(2).transpose(1, 2)], 1) + self.places[index]
+            y = y + self.attention[index](self.norms[index](y))
+            branches.append(y + self.mlps[index](self.mlp_norms[index](y)))
         results = []
         for index, own in enumerate(branches):
             token = self.across[index](own[:, :1])
@@ -256,7 +259,9 @@ class Crossvit(nn.Module):
             q = self.q[index](both[:, :1]).unflatten(2, (4, -1)).transpose(1, 2)
             kv = self.kv[index](both).unflatten(2, (2, 4, -1)).permute(2, 0, 3, 1, 4)
             y = functional.scaled_dot_product_attention(q, kv[0], kv[1]).transpose(1, 2).flatten(2)
-            results.append(self.ends[str(index)]["head"]((own[:, :1] + self.back[index](token + y))[:, 0]))
+            results.append(
+                self.ends[str(index)]["head"]((own[:, :1] + self.back[index](token + self.out[index](y)))[:, 0])
+            )
         return (results[0] + results[1]) / 2
 
 

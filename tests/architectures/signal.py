@@ -28,6 +28,8 @@ class Espcn(nn.Module):
 class Edsr(nn.Module):
     """Residual blocks without norms, a long skip, two steps of pixel shuffle inside the network."""
 
+    rows_per_block = 4  # channels that one channel of the larger image is made of
+
     def __init__(self, width: int = 12) -> None:
         super().__init__()
         self.stem, self.tail = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
@@ -117,7 +119,7 @@ class Wav2vec(nn.Module):
 
 
 class Crepe(nn.Module):
-    """Framed sound: wide one-dimensional kernels with padding, ReLU in front of BatchNorm, pooling, one linear layer."""
+    """Framed sound: wide one-dimensional kernels with padding, ReLU in front of BatchNorm, pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class Crepe(nn.Module):
             ]
         )
         self.norms = nn.ModuleList([nn.BatchNorm2d(width) for width in widths[1:]])
-        self.head = nn.Linear(12 * 4, 10)
+        self.head = nn.Linear(12 * 8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, None, :, None]
@@ -141,6 +143,8 @@ class Crepe(nn.Module):
 
 class Grouped(nn.Module):
     """GroupNorm after every convolution, a shortcut, an upsampled second half: as in diffusion models."""
+
+    rows_per_block = 4  # channels that are normalised together
 
     def __init__(self, width: int = 16, groups: int = 4) -> None:
         super().__init__()

@@ -93,9 +93,9 @@ def prune(module: nn.Module, variant: Variant) -> nn.Module:
             _unsettle(part, generator)
             if name.split(".")[-1] != "head":
                 if isinstance(part, (nn.LSTM, nn.GRU)):
-                    _silence_units(part, _dead_rows(name, part.hidden_size, variant))
+                    _silence_units(part, _dead_rows(name, part.hidden_size, variant, 1))
                 for axis, weights, vectors in _layers(part):
-                    dead = _dead_rows(name, weights[0].shape[axis], variant)
+                    dead = _dead_rows(name, weights[0].shape[axis], variant, getattr(module, "rows_per_block", 1))
                     parts = _parts(module, name)
                     if parts is not None and variant.together:
                         dead = _dead_heads(weights[0].shape[axis], *parts)
@@ -137,20 +137,22 @@ def _layers(part: nn.Module) -> Iterator[tuple[int, list[torch.Tensor], list[tor
         yield 1, [part.weight], [part.bias] if part.bias is not None else []
 
 
-def _dead_rows(name: str, count: int, variant: Variant) -> torch.Tensor:
+def _dead_rows(name: str, count: int, variant: Variant, block: int) -> torch.Tensor:
+    """Half of the rows, in blocks where a module says that rows live and die together."""
     key = str(count) if variant.together else name
     rng = np.random.default_rng([variant.seed, zlib.crc32(key.encode())])
-    return torch.as_tensor(np.sort(rng.permutation(count)[: count // 2]))
+    first = np.sort(rng.permutation(count // block)[: count // block // 2]) * block
+    return torch.as_tensor((first[:, None] + np.arange(block)).reshape(-1))
 
 
 def _parts(module: nn.Module, name: str) -> tuple[int, int] | None:
     """Of a layer that makes queries, keys or values: how many of these, and how many heads of each."""
-    owner, _, last = name.removesuffix(".linear").rpartition(".")
-    owner = owner.rpartition(".")[0] if last.isdigit() else owner
-    last = name.removesuffix(".linear").split(".")[-2] if last.isdigit() else last
+    path = name.removesuffix(".linear").split(".")
+    path = path[:-1] if path[-1].isdigit() else path
+    last = path[-1] if path else ""
     if last not in PROJECTIONS:
         return None
-    parent = module.get_submodule(owner)
+    parent = module.get_submodule(".".join(path[:-1]))
     return 1 if hasattr(parent, "keys") else PROJECTIONS[last], getattr(parent, "heads", 4)
 
 
@@ -294,3 +296,10 @@ def idle(model: onnx.ModelProto, plan: Plan, inputs: list[Feed]) -> dict[str, in
             if (same & kept).sum() > 1 and not same.all():
                 found[f"{name}[{axis}]"] = int((same & kept).sum())
     return found
+
+
+def sweep(build: Callable[[], nn.Module], shape: tuple[int, ...], variant: Variant) -> Finding:
+    """Build, prune, export, shrink, compare. Free dimensions are tried at a second size, space at twice the size."""
+    torch.manual_seed(variant.seed)
+    model = export(prune(build(), variant), (shape,), variant)
+    return check(model, feeds((shape,), variant, lambda axis, extent: extent * 2 if axis else extent + 1))

@@ -45,7 +45,7 @@ def grid_reverse(x: Tensor, grid: int, height: int, width: int) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Attention in a window with a table of relative positions; with cosine similarity and a small network on request."""
+    """Attention in a window with a table of relative positions, or cosine similarity and a small network."""
 
     index: Tensor
     coordinates: Tensor

@@ -135,7 +135,7 @@ def tables(style: str, dynamo: bool, free: bool) -> int:
     if style == "relative":
         # The bias of two heads has taken the place of their table of nine distances.
         return 2 * 25 - 2 * 9
-    return {"causal": 25, "rotary": 2 * 30 if dynamo else 2 * (5 + 3)}.get(style, 0)
+    return {"causal": 25 if dynamo else 0, "rotary": 2 * 30 if dynamo else 2 * (5 + 3)}.get(style, 0)
 
 
 @pytest.mark.parametrize("free", EXTENTS)
