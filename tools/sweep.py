@@ -22,11 +22,11 @@ def line(finding: Any) -> tuple[bool, str]:
     """Whether a case passes, and its figures."""
     faults = [] if finding.exact else ["WRONG"]
     faults += [] if finding.after < finding.before else ["nothing removed"]
-    faults += [] if finding.again == finding.after else [f"again: {finding.again}"]
+    told = [] if finding.again == finding.after else [f"a second run: {finding.again}"]
     more = sum(count - 1 for count, _ in finding.extra.values() if count > 1)
     share = finding.after / finding.before
     text = f"{finding.before:7d} -> {finding.after:6d} ({share:4.0%})  error {finding.error:.0e}  extra {more:3d}"
-    return not faults, "  ".join([text, *faults])
+    return not faults, "  ".join([text, *told, *faults])
 
 
 def why(finding: Any) -> list[str]:

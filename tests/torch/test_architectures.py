@@ -12,7 +12,7 @@ from architectures.sweep import Finding, Variant, sweep
 
 # Nothing in them keeps channels that carry nothing: no groups of unequal survivors, products of axes, or LayerNorm.
 TIGHT = {
-    *("vgg", "resnet50", "densenet", "inception", "mobilenet", "unet", "unet_plus", "hrnet", "dla", "repvgg", "fpn"),
+    *("vgg", "resnet50", "densenet", "mobilenet", "unet", "unet_plus", "hrnet", "dla", "repvgg", "fpn"),
     *("deeplab", "espcn", "esrgan", "fastvit"),
 }
 # The second run joins groups that the first one kept apart, each with a channel that stands for its constants.
