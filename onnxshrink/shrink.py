@@ -265,15 +265,18 @@ def _removes(analysis: Analysis, plan: Plan) -> bool:
     )
 
 
+_FAULTS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
+
+
 def _check(model: onnx.ModelProto, source: Graph) -> None:
     """Check the result in full; where the checker finds fault with the input too, that is not held against it."""
     whole = measure.weights(model).bytes < _CHECK_WHOLE
     try:
         onnx.checker.check_model(model if whole else make_skeleton(model), full_check=True)
-    except onnx.shape_inference.InferenceError:
+    except _FAULTS as error:
         try:
             onnx.checker.check_model(source.skeleton, full_check=True)
-        except onnx.shape_inference.InferenceError:
+        except type(error):
             return
         raise
 
