@@ -84,7 +84,7 @@ class _Site:
         for slot, value in rewrite.constants.items():
             self._replace(slot, value)
         for slot, (mask, value) in rewrite.partly.items():
-            self._overlay(slot, mask, value)
+            self.editor.fix_input(self.target, slot, mask, value)
         for slot, axis in rewrite.append.items():
             operand = self.view.data(slot)
             self.editor.append_ones(self.target, slot, axis, operand.rank, operand.dtype)
@@ -121,13 +121,6 @@ class _Site:
         read = value if callable(value) else lambda: value
         self.editor.set_input(self.target, slot, self.editor.constant(f"{name}_shrunk", read))
 
-    def _overlay(self, slot: int, mask: Array, value: Array) -> None:
-        """Give some elements of a computed input a fixed value."""
-        operand = self.view.data(slot)
-        wanted = self.editor.constant(f"{operand.name}_fixed", lambda: mask)
-        values = self.editor.constant(f"{operand.name}_values", lambda: value)
-        self.editor.before(self.target, slot, "Where", [wanted, values], position=2)
-
     def _drop_absent(self) -> None:
         """Leave out inputs and outputs that keep nothing on the axis along which they are joined."""
         gone = [
@@ -153,16 +146,10 @@ class _Site:
 
     def _correct(self, rewrite: Rewrite) -> None:
         if rewrite.fixed is not None:
-            mask, value = rewrite.fixed
-            name = self.node.outputs[0]
-            wanted = self.editor.constant(f"{name}_fixed", lambda: mask)
-            values = self.editor.constant(f"{name}_values", lambda: value)
-            self.editor.after(self.target, 0, "Where", [wanted, values], position=2)
+            self.editor.fix_output(self.target, *rewrite.fixed)
         target = self.target
         if rewrite.multiply is not None:
-            factor = rewrite.multiply
-            name = f"{self.node.outputs[0]}_mul"
-            target = self.editor.after(target, 0, "Mul", [self.editor.constant(name, lambda: factor)])
+            target = self.editor.scale(target, rewrite.multiply)
         if rewrite.add is not None:
             self.editor.add(target, rewrite.add)
 

@@ -126,6 +126,23 @@ class Editor:
                 if tensor is output:
                     reader.inputs[slot] = made
 
+    def fix_input(self, node: gs.Node, slot: int, mask: Array, value: Array) -> None:
+        """Give some elements of an input a fixed value."""
+        self.before(node, slot, "Where", self._fixed(node.inputs[slot].name, mask, value), position=2)
+
+    def fix_output(self, node: gs.Node, mask: Array, value: Array) -> None:
+        """Give some elements of the first output a fixed value."""
+        self.after(node, 0, "Where", self._fixed(node.outputs[0].name, mask, value), position=2)
+
+    def _fixed(self, name: str, mask: Array, value: Array) -> list[gs.Tensor]:
+        wanted = self.constant(f"{name}_fixed", partial(same, mask))
+        return [wanted, self.constant(f"{name}_values", partial(same, value))]
+
+    def scale(self, node: gs.Node, factor: Array) -> gs.Node:
+        """Multiply the first output by a constant; the node that does."""
+        name = f"{node.outputs[0].name}_mul"
+        return self.after(node, 0, "Mul", [self.constant(name, partial(same, factor))])
+
     def add(self, node: gs.Node, value: Array) -> None:
         """Add a constant to the first output: in the constant of an Add that follows, where there is one."""
         self._additions.append((node, value))

@@ -92,6 +92,18 @@ def test_under_padding_one_channel_of_ones_stands_for_all_constants() -> None:
     check_same(model, small, x=draw(1, 3, 9, 4))
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_where_all_channels_are_constant_the_one_that_stays_can_take_the_others(order: list[int]) -> None:
+    bias = np.array([-2.4, 1.2], np.float32)[order]
+    weights = {"w1": np.zeros((2, 3, 1, 1), np.float32), "b1": bias, "w2": draw(2, 2, 3, 3), "b2": draw(2)}
+    body = "a = Conv(x, w1, b1) r = Relu(a) y = Conv <pads = [1, 1, 1, 1]> (r, w2, b2)"
+    model = image_model(body, weights, inputs="float[N, 3, H, W] x")
+    small = shrunk(model)
+    assert operators(small) == ["Conv", "Relu", "Conv"]
+    assert parameters(small) == 3 + 1 + 18 + 2
+    check_same(model, small, x=IMAGE)
+
+
 def test_a_constant_that_stays_anyway_takes_the_others() -> None:
     w1, b1 = dead(draw(4, 3, 1, 1), 1, 2), np.array([0.1, 0.5, -0.8, 0.3], np.float32)
     w2 = draw(2, 4, 3, 3)
