@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -48,6 +48,8 @@ class Analysis:
         shapes: shapes that are better known than by inference.
         throughout: indices of nodes with a partial function whose inputs are needed everywhere.
         readers: how many inputs read each tensor.
+        unit: per tensor, the axis along which its elements sum to one.
+        blind: per tensor, the axis along which one number may be added to all elements, and nobody would notice.
     """
 
     graph: Graph
@@ -62,6 +64,8 @@ class Analysis:
     throughout: set[int] = field(default_factory=set)
     shapes: dict[str, Shape] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
+    unit: dict[str, int] = field(default_factory=dict)
+    blind: dict[str, int | None] = field(default_factory=dict)
 
     def nodes(self) -> list[Node]:
         """The nodes that compute something that is not constant."""
@@ -94,14 +98,15 @@ class Analysis:
         needed = tuple(self.needed.get(name) for name in node.outputs)
         opsets = tuple(self.graph.opsets.items())
         relation = relation or self.relations.get(node.index)
-        return View(node, inputs, outputs, opsets, relation, needed, throughout=node.index in self.throughout)
+        blind = tuple(self.blind.get(name) for name in node.outputs)
+        return View(node, inputs, outputs, opsets, relation, needed, blind, throughout=node.index in self.throughout)
 
     def operand(self, name: str) -> Operand:
         """A tensor as rules see it."""
         weights = self.constants.get(name)
         if weights is not None:
             return Operand(name, weights.shape, weights.dtype, constant=weights)
-        return Operand(name, self.shape(name), self.graph.dtype(name), self.known.get(name))
+        return Operand(name, self.shape(name), self.graph.dtype(name), self.known.get(name), unit=self.unit.get(name))
 
 
 def analyse(graph: Graph) -> Analysis:
@@ -166,8 +171,10 @@ def _target_shape(view: View, slot: int) -> Shape | None:
 def find_needed(analysis: Analysis) -> None:
     """The backward analysis, from the start."""
     analysis.needed.clear()
+    analysis.blind.clear()
     for name in analysis.graph.outputs:
         analysis.needed[name] = everything(analysis.rank(name))
+        analysis.blind[name] = None
     for node in reversed(analysis.graph.nodes):
         _backward(analysis, node)
 
@@ -196,6 +203,9 @@ def _forward(analysis: Analysis, node: Node) -> None:
     for name, fact in zip(node.outputs, facts, strict=True):
         if name and fact is not None and fact.anything:
             analysis.known[name] = fact
+    unit = rule.unit(view) if rule.unit is not None else None
+    if unit is not None:
+        analysis.unit[node.outputs[0]] = unit
     if not rule.decodes:
         _take_for_constants(analysis, node)
 
@@ -328,11 +338,20 @@ def _backward(analysis: Analysis, node: Node) -> None:
         masks = [everything(o.rank) if o is not None and slot in rule.partial else None for slot, o in slots]
     else:
         return
+    _note_blind(analysis, node, rule.blind(view) if rule is not None and rule.blind is not None else {})
     for name, mask in zip(node.inputs, masks, strict=True):
         if not name or mask is None or name in analysis.constants:
             continue
         before = analysis.needed.get(name)
         analysis.needed[name] = compress(mask if before is None else before | mask)
+
+
+def _note_blind(analysis: Analysis, node: Node, axes: Mapping[int, int]) -> None:
+    """All readers of a tensor must be blind along the same axis."""
+    for slot, name in enumerate(node.inputs):
+        if name:
+            axis = axes.get(slot)
+            analysis.blind[name] = axis if analysis.blind.get(name, axis) == axis else None
 
 
 def _is_live(analysis: Analysis, name: str) -> bool:

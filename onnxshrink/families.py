@@ -215,3 +215,26 @@ def partial_in(*slots: int) -> Callable[[View], list[BoolArray | None]]:
         return needed
 
     return backward
+
+
+def unit_moves(view: View) -> int | None:
+    """Where elements only change place, the axis along which they sum to one."""
+    unit = view.data().unit
+    return same_axis(view, 0, unit, -1) if unit is not None else None
+
+
+def blind_moves(view: View) -> dict[int, int]:
+    """Where elements only change place, the axis along which a number may be added to the first input."""
+    axis = view.blind[0] if view.blind else None
+    found = same_axis(view, -1, axis, 0) if axis is not None else None
+    return {} if found is None else {0: found}
+
+
+def same_axis(view: View, source: int, axis: int, target: int) -> int | None:
+    """The axis of another operand that runs through the same factor, and through nothing else."""
+    relation = view.relation
+    assert relation is not None
+    here, there = relation.spec(source), relation.spec(target)
+    if here is None or there is None or len(here[axis]) != 1 or here[axis][0] in relation.links:
+        return None
+    return next((position for position, factors in enumerate(there) if factors == here[axis]), None)

@@ -58,6 +58,8 @@ Backward = Callable[[View], "list[BoolArray | None]"]
 Retain = Callable[[View], Iterable[Keep]]
 FoldFunction = Callable[[View], Mapping[int, Fold]]
 RewriteFunction = Callable[[View], Rewrite]
+Unit = Callable[[View], "int | None"]
+Blind = Callable[[View], Mapping[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,8 @@ class Rule:
         partial: inputs for some values of which the function has no finite value (see `families.partial_in`).
         shape_only: whether inputs without axes in the relation are read for their extents alone, not their elements.
         decodes: whether it makes numbers of stored ones: weights then stay as they are stored, and the node with them.
+        unit: the axis along which the elements of the first output sum to one.
+        blind: per input, an axis along which one number may be added to all elements without an effect that counts.
         refusal: why the operator is kept whole.
     """
 
@@ -96,6 +100,8 @@ class Rule:
     partial: tuple[int, ...] = ()
     shape_only: bool = False
     decodes: bool = False
+    unit: Unit | None = None
+    blind: Blind | None = None
     refusal: str | None = None
 
     def relation(self, view: View) -> Relation:

@@ -17,13 +17,18 @@ from onnxshrink.weights import Array, BoolArray, Constant
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """One input or output of a node."""
+    """One input or output of a node.
+
+    Attributes:
+        unit: axis along which the elements sum to one, as a softmax's do.
+    """
 
     name: str
     shape: Shape | None
     dtype: np.dtype[Any] | None
     fact: Known | None = None
     constant: Constant | None = None
+    unit: int | None = None
 
     @property
     def known(self) -> Known:
@@ -105,6 +110,8 @@ class View:
         opsets: pairs of domain and version.
         relation: how its axes hang together; None while that is being worked out.
         needed: per output, the elements that can influence an output of the model (backward analysis only).
+        blind: per output, an axis along which one number may be added to all elements, as a softmax's readers do not
+            notice (backward analysis and after).
         kept: per slot, per axis, what stays (planning and applying only).
         folds: per input, the constants that leave (applying only).
         frozen: inputs whose place a compressed constant takes (applying only).
@@ -119,6 +126,7 @@ class View:
     opsets: tuple[tuple[str, int], ...]
     relation: Relation | None = None
     needed: tuple[BoolArray | None, ...] = ()
+    blind: tuple[int | None, ...] = ()
     kept: dict[int, list[BoolArray | None]] = field(default_factory=dict)
     folds: dict[int, Fold] = field(default_factory=dict)
     free: dict[int, dict[int, BoolArray]] = field(default_factory=dict)

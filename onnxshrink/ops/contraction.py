@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from onnxshrink.facts import Known, along, everything, partial
+from onnxshrink.facts import Known, along, everything, partial, uniform
 from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.ops._linear import Linear
 from onnxshrink.registry import Keep, Rewrite, Rule, register
@@ -79,7 +79,20 @@ class Product:
     def masks(self, side: int) -> tuple[BoolArray, BoolArray]:
         """Unknown elements, and elements that may not be zero, as `[..., row, column]`."""
         operand = self.operands[side]
-        return self._matrix(side, unknown(operand)), self._matrix(side, not_zero(operand))
+        counts = not_zero(operand) & ~self._unnoticed(side)
+        return self._matrix(side, unknown(operand)), self._matrix(side, counts)
+
+    def _unnoticed(self, side: int) -> BoolArray:
+        """Elements that add the same number to a whole line of the product along which nobody would notice.
+
+        Attention's scores: a dimension in which all keys agree shifts all scores of a query alike.
+        """
+        operand = self.operands[side]
+        blind = self.view.blind[0] if self.view.blind else None
+        if blind != self.view.output().rank - 2 + side or any(o.constant is not None for o in self.operands):
+            return ~everything(operand.rank)
+        axis = operand.rank - (1 if (side == 1) != self.transposed[side] else 2)
+        return uniform(operand.known, [axis]).mask
 
     def unknown_output(self) -> BoolArray:
         """Elements of the product that depend on the inputs."""
@@ -94,14 +107,33 @@ class Product:
             # Constants times constants would add up over an axis of unknown extent.
             (ua, za), (ub, zb) = self.masks(0), self.masks(1)
             mask = mask & ~bool_product(za & ~ua, zb & ~ub)
-        if not mask.any():
+        means, mean = self._means()
+        if not mask.any() and not means.any():
             return None
         output = self.view.output()
         dtype = output.dtype or np.dtype(np.float32)
         value = np.zeros((1,) * mask.ndim)
-        if self._contracted() is not None and self._both_nonzero().any():
+        if mask.any() and self._contracted() is not None and self._both_nonzero().any():
             value = self._value() * scale
-        return partial(mask, np.where(mask, value, 0).astype(dtype))
+        value = np.where(mask, value, np.where(means, mean * scale, 0))
+        return partial(mask | means, value.astype(dtype))
+
+    def _means(self) -> tuple[BoolArray, Array]:
+        """Elements that are a mean of equal values, as attention's results are where all values agree."""
+        rank = self.view.output().rank
+        for side, operand in enumerate(self.operands):
+            last = (side == 0) != self.transposed[side]
+            other = self.operands[1 - side]
+            if operand.unit is None or operand.unit != operand.rank - (1 if last else 2):
+                continue
+            axis = other.rank - (2 if (side == 0) != self.transposed[1 - side] else 1)
+            known = uniform(other.known, [axis])
+            if known.anything:
+                lead = (1,) * (rank - other.rank)
+                arrays = [self._matrix(1 - side, array) for array in (known.mask, known.value)]
+                mask, value = (array.reshape(lead + array.shape) for array in arrays)
+                return mask, value.astype(np.float64)
+        return ~everything(rank), np.zeros((1,) * rank)
 
     def _both_nonzero(self) -> BoolArray:
         """Contracted indices at which both sides may hold a known value other than zero."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxshrink.facts import Known, along, partial, uniform
-from onnxshrink.families import layout, moved
+from onnxshrink.families import blind_moves, layout, moved, unit_moves
 from onnxshrink.graph import Shape
 from onnxshrink.notation import Link, Relation, UnresolvedError, reshape, resolve, transfer
 from onnxshrink.registry import Keep, Rewrite, Rule, register
@@ -94,10 +94,21 @@ def shape_rewrite(slot: int) -> object:
 
 
 register(Rule("Identity", since=10_001, relate="*a -> *a"))
-register(Rule("Transpose", relate=_transpose, forward=layout))
-register(Rule("Reshape", since=5, target=1, relate=_reshape, forward=layout, rewrite=shape_rewrite(1)))  # type: ignore[arg-type]
+register(Rule("Transpose", relate=_transpose, forward=layout, unit=unit_moves, blind=blind_moves))
+register(
+    Rule(
+        "Reshape",
+        since=5,
+        target=1,
+        relate=_reshape,
+        forward=layout,
+        rewrite=shape_rewrite(1),  # type: ignore[arg-type]
+        unit=unit_moves,
+        blind=blind_moves,
+    )
+)
 for _op in ("Flatten", "Squeeze", "Unsqueeze"):
-    register(Rule(_op, relate=_same_elements, forward=layout))
+    register(Rule(_op, relate=_same_elements, forward=layout, unit=unit_moves, blind=blind_moves))
 
 
 # --- Links: joining and cutting along one axis ------------------------------------------------------------------

@@ -55,8 +55,23 @@ def _softmax(view: View) -> Relation:
     return resolve(f"{axes} -> {axes}", view.shapes(view.inputs), view.shapes(view.outputs))
 
 
-for _op in ("Softmax", "LogSoftmax", "Hardmax"):
-    register(Rule(_op, relate=_softmax))
+def _softmax_axis(view: View) -> int | None:
+    """The axis along which the results sum to one, if it is one alone."""
+    rank = view.data().rank
+    old = view.version < 13
+    axis = int(view.attribute("axis", 1 if old else -1)) % max(rank, 1)
+    return None if rank == 0 or (old and axis != rank - 1) else axis
+
+
+def _softmax_blind(view: View) -> dict[int, int]:
+    """A number added to all scores leaves as it came."""
+    axis = _softmax_axis(view)
+    return {} if axis is None else {0: axis}
+
+
+for _op in ("Softmax", "Hardmax"):
+    register(Rule(_op, relate=_softmax, unit=_softmax_axis, blind=_softmax_blind))
+register(Rule("LogSoftmax", relate=_softmax, blind=_softmax_blind))
 
 
 # --- Normalisations that mean over their axis: whole, unless their output forgets the input ---------------------

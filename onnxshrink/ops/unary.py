@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxshrink.facts import Known, partial
-from onnxshrink.families import partial_in, pointwise
+from onnxshrink.families import blind_moves, partial_in, pointwise, unit_moves
 from onnxshrink.notation import Relation, UnresolvedError, elementwise, resolve
 from onnxshrink.registry import Rule, register
 from onnxshrink.view import View
@@ -20,8 +20,33 @@ WORDS = """
 PARTIAL_WORDS = "Acos Acosh Asin Atanh BitCast Cosh Exp Log Reciprocal Sinh Sqrt Tan"
 
 
+# A cast to a floating-point type rounds at most.
+MOVING_WORDS = ("Identity", "Cast")
+
+
+def _is_real(view: View) -> bool:
+    return np.issubdtype(view.output().dtype or np.dtype(np.int64), np.floating)
+
+
+def _unit(view: View) -> int | None:
+    return unit_moves(view) if _is_real(view) else None
+
+
+def _blind(view: View) -> dict[int, int]:
+    return blind_moves(view) if _is_real(view) else {}
+
+
 for _word in WORDS.split():
-    register(Rule(_word, relate="*a -> *a", forward=pointwise))
+    _moves = _word in MOVING_WORDS
+    register(
+        Rule(
+            _word,
+            relate="*a -> *a",
+            forward=pointwise,
+            unit=_unit if _moves else None,
+            blind=_blind if _moves else None,
+        )
+    )
 for _word in PARTIAL_WORDS.split():
     register(Rule(_word, relate="*a -> *a", forward=pointwise, backward=partial_in(0), partial=(0,)))
 
@@ -52,6 +77,6 @@ register(Rule("Clip", until=10, relate="*a -> *a", forward=pointwise))
 register(
     Rule("Clip", since=11, relate=lambda v: elementwise(v.shapes(v.inputs), v.shapes(v.outputs)), forward=pointwise)
 )
-register(Rule("Dropout", until=11, relate=_first_input, forward=_first_known))
-register(Rule("Dropout", since=12, relate=_dropout, forward=_first_known))
+register(Rule("Dropout", until=11, relate=_first_input, forward=_first_known, unit=unit_moves, blind=blind_moves))
+register(Rule("Dropout", since=12, relate=_dropout, forward=_first_known, unit=unit_moves, blind=blind_moves))
 register(Rule("CastLike", relate=_first_input, forward=_first_known))
