@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from onnxshrink.analyse import Analysis, find_needed
 from onnxshrink.planning.agreement import level
+from onnxshrink.planning.align import Aligner, Alignment
 from onnxshrink.planning.data import INTERFACE, LIVE, Cause, Kept, Plan
 from onnxshrink.planning.planner import Planner
 
 __all__ = ["INTERFACE", "LIVE", "Cause", "Kept", "Plan", "level", "make_plan"]
 
 
-def make_plan(analysis: Analysis) -> Plan:
-    """The smallest sets that agree with every node of the graph."""
+def make_plan(analysis: Analysis, alignment: Alignment | None = None) -> Plan:
+    """The smallest sets that agree with every node of the graph, and with the widths that are asked for."""
     apart: set[int] = set()
     while True:
-        planner = Planner(analysis, apart)
+        planner = Planner(analysis, apart) if alignment is None else Aligner(analysis, apart, alignment)
         planner.start()
         planner.grow()
         planner.choose_blocks()

@@ -24,6 +24,7 @@ class Sets:
         settled: per node index, the constants that take the place of its outputs.
         free: per tensor, per axis, positions that no input fills.
         users: per tensor, its producer and its readers.
+        journal: what grew since it was begun, to be taken back by `undo`; None: nothing is noted.
     """
 
     def __init__(self, analysis: Analysis, apart: set[int]) -> None:
@@ -40,6 +41,7 @@ class Sets:
         self.users: dict[str, list[Node]] = {}
         self.queue: deque[Node] = deque()
         self.queued: set[int] = set()
+        self.journal: list[tuple[str, int, BoolArray] | str] | None = None
 
     def start(self) -> None:
         for name in self.analysis.graph.inputs:
@@ -126,13 +128,30 @@ class Sets:
         assert numbers is not None
         numbers[new] = len(self.causes) - 1
         kept |= new
+        if self.journal is not None:
+            self.journal.append((name, axis, new))
         self._touch(name)
         return True
 
     def _appear(self, name: str) -> None:
         if name not in self.present:
             self.present.add(name)
+            if self.journal is not None:
+                self.journal.append(name)
             self._touch(name)
+
+    def undo(self, journal: list[tuple[str, int, BoolArray] | str]) -> None:
+        """Take back what was noted while the sets grew."""
+        for entry in journal:
+            if isinstance(entry, str):
+                self.present.discard(entry)
+                continue
+            name, axis, new = entry
+            kept, numbers = self.kept[name][axis], self.cause[name][axis]
+            assert kept is not None
+            assert numbers is not None
+            kept &= ~new
+            numbers[new] = -1
 
     def active(self, node: Node) -> bool:
         """Whether the node is computed at all."""
