@@ -1,14 +1,22 @@
-"""onnxshrink removes pruned channels from ONNX models: the same function, smaller weights, proven with onnxruntime."""
+"""onnxshrink removes pruned channels from ONNX models: the same function, smaller weights, proven with onnxruntime.
+
+Importing the package imports nothing else: each public name is fetched when it is first asked for.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from onnxshrink.errors import DifferenceError, InputError, MaskError, OnnxshrinkError, RuleError
-from onnxshrink.report import Report
-from onnxshrink.shrink import ShrinkResult, shrink
-from onnxshrink.verify import Equivalence, OutputsDiffer, verify
 from onnxshrink.version import __version__
+
+if TYPE_CHECKING:
+    from onnxshrink.report import Report
+    from onnxshrink.shrink import ShrinkResult, shrink
+    from onnxshrink.verify import Equivalence, OutputsDiffer, verify
 
 __all__ = [
     "DifferenceError",
@@ -26,6 +34,15 @@ __all__ = [
     "verify",
 ]
 
+_HOMES = {
+    "Equivalence": "verify",
+    "OutputsDiffer": "verify",
+    "Report": "report",
+    "ShrinkResult": "shrink",
+    "shrink": "shrink",
+    "verify": "verify",
+}
+
 
 def export(*args: Any, **kwargs: Any) -> ShrinkResult:
     """Export a PyTorch module with its masks applied, and shrink the model; see `onnxshrink.torch.export`.
@@ -35,3 +52,26 @@ def export(*args: Any, **kwargs: Any) -> ShrinkResult:
     from onnxshrink.torch import export as export_module
 
     return export_module(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """A package some of whose functions have the name of the module that they are defined in."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{self.__name__}.{_HOMES[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing a module sets it as an attribute of its package, where the function of its name belongs.
+        if isinstance(value, ModuleType) and name in _HOMES:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

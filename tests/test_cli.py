@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import onnxshrink
 from onnxshrink.cli import main
 from onnxshrink.measure import parameters
 
-engine: Any = sys.modules["onnxshrink.shrink"]  # the name in the package is the function
+engine: Any = importlib.import_module("onnxshrink.shrink")  # the name in the package is the function
 Run = Callable[..., tuple[int, str, str]]
 # As in test_shrink: `chain` whole, and without two of its four channels.
 WHOLE, SMALL = 122, 62

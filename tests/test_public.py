@@ -88,6 +88,21 @@ def test_importing_does_not_import_torch() -> None:
     assert python("import sys, onnxshrink, onnxshrink.cli; print('torch' in sys.modules)") == "False"
 
 
+def test_importing_imports_little_and_names_come_when_they_are_asked_for() -> None:
+    code = """
+import sys, onnxshrink, onnxshrink.cli
+onnxshrink.cli.make_parser()
+print([name for name in ("numpy", "onnx", "onnxruntime", "rich", "onnx_graphsurgeon") if name in sys.modules])
+print(onnxshrink.shrink.__module__, onnxshrink.Equivalence.__module__, set(onnxshrink.__all__) <= set(dir(onnxshrink)))
+"""
+    assert python(code).splitlines() == ["[]", "onnxshrink.shrink onnxshrink.verify True"]
+
+
+def test_names_that_do_not_exist_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="module 'onnxshrink' has no attribute 'shrunk'"):
+        _ = onnxshrink.shrunk
+
+
 def test_functions_stay_functions_when_the_modules_of_their_name_are_imported() -> None:
     code = (
         "import onnxshrink.shrink, onnxshrink.verify; print(callable(onnxshrink.shrink), callable(onnxshrink.verify))"

@@ -1,0 +1,53 @@
+"""`onnxshrink shrink`: write a smaller model that computes the same."""
+
+from __future__ import annotations
+
+import argparse
+
+from onnxshrink.commands.common import add_inputs, make_console, progress, read_inputs
+
+TEXT = "Write a smaller model that computes the same."
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    parser.add_argument("model", metavar="MODEL.onnx", help="the model, with zeros where it is pruned")
+    parser.add_argument("-o", "--output", metavar="OUT.onnx", required=True, help="the smaller model; may be MODEL")
+    parser.add_argument(
+        "--masks", metavar="FILE", help="0/1 arrays by weight name: .npz, .pt, .pth or .safetensors; applied first"
+    )
+    parser.add_argument("--report", metavar="FILE.json", help="write what was removed, what stayed and why")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the outputs of both models")
+    parser.add_argument(
+        "--align", choices=["none"], default="none", help="none: the fewest parameters (the default, and all there is)"
+    )
+    parser.add_argument(
+        "--zero-tolerance", metavar="T", type=float, default=0.0, help="weights up to T count as zero (0); lossy"
+    )
+    add_inputs(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing unless something is wrong")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry it out; the exit code."""
+    from onnxshrink.shrink import shrink
+
+    inputs = read_inputs(arguments.inputs)
+    with progress(arguments.quiet) as step:
+        result = shrink(
+            arguments.model,
+            arguments.masks,
+            output=arguments.output,
+            verify=not arguments.no_verify,
+            inputs=inputs,
+            seed=arguments.seed,
+            align=arguments.align,
+            zero_tolerance=arguments.zero_tolerance,
+            report=arguments.report,
+            progress=step,
+        )
+    if not arguments.quiet:
+        from onnxshrink.tables import print_report
+
+        print_report(make_console(), result.report, verified=not arguments.no_verify)
+    return 0
