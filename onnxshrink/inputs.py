@@ -191,24 +191,24 @@ def _draw(inputs: list[Input], given: Mapping[str, Array], attempt: _Attempt, rn
 
 
 def draw_runnable(
-    inputs: list[Input], given: Mapping[str, Array], run: Run, samples: int, seed: int
+    inputs: list[Input], given: Mapping[str, Array], run: Run, samples: int, seed: int, label: str = "reference"
 ) -> list[tuple[Feed, list[Any]]]:
     """Input sets that `run` accepts (it raises RunError where not), each with its outputs; free dimensions vary.
 
-    Raises InputError when no drawn size or value is accepted.
+    Raises InputError, which calls the model by `label`, when no drawn size or value is accepted.
     """
     results: list[tuple[Feed, list[Any]]] = []
     worked: _Attempt | None = None
     for sample in range(samples):
         attempts = _ALL if worked is None else _grown(worked, sample)
-        feed, outputs, used = _first_accepted(inputs, given, run, attempts, [seed, sample])
+        feed, outputs, used = _first_accepted(inputs, given, run, attempts, [seed, sample], label)
         worked = worked or used
         results.append((feed, outputs))
     return results
 
 
 def _first_accepted(
-    inputs: list[Input], given: Mapping[str, Array], run: Run, attempts: list[_Attempt], seed: list[int]
+    inputs: list[Input], given: Mapping[str, Array], run: Run, attempts: list[_Attempt], seed: list[int], label: str
 ) -> tuple[Feed, list[Any], _Attempt]:
     failure, tried = "", set()
     capped = any(item.name not in given and item.dtype.kind in "iu" and item.kind != "mask" for item in inputs)
@@ -224,6 +224,6 @@ def _first_accepted(
             failure = failure or str(error)
     free = [item.name for item in inputs if item.name not in given]
     if not free:
-        raise InputError(f"the reference model does not run on the given inputs: {failure}")
+        raise InputError(f"the {label} model does not run on the given inputs: {failure}")
     advice = " ".join(f"--input {name}=FILE.npy" for name in free)
-    raise InputError(f"no random input runs through the reference model; pass {advice} (onnxruntime: {failure})")
+    raise InputError(f"no random input runs through the {label} model; pass {advice} (onnxruntime: {failure})")

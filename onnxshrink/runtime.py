@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,14 +60,36 @@ class Model:
 
 
 class Session:
-    """A single-threaded (so repeatable) and silent onnxruntime session; raises RunError."""
+    """A silent onnxruntime session, single-threaded (so repeatable) unless told otherwise; raises RunError.
 
-    def __init__(self, model: Model, optimised: bool = True, exposed: Sequence[str] = ()) -> None:
+    Args:
+        model: the model.
+        optimised: with graph optimisations.
+        exposed: tensors that are outputs besides those of the model.
+        threads: how many threads an operator may use.
+        entries: further configuration of the session, by onnxruntime's keys.
+        profile: beginning of the name of a file to note each operator's time in; see `end_profile`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimised: bool = True,
+        exposed: Sequence[str] = (),
+        *,
+        threads: int = 1,
+        entries: Mapping[str, str] = MappingProxyType({}),
+        profile: Path | None = None,
+    ) -> None:
         levels = ort.GraphOptimizationLevel
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads = threads
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         try:
             self._session = model.load(options, exposed)
         except _RUNTIME_ERRORS as error:
@@ -84,6 +107,17 @@ class Session:
             return [_from_value(value) for value in self._session.run_with_ort_values(None, values)]
         except _RUNTIME_ERRORS as error:
             raise RunError(_first_line(error)) from error
+
+    def prepare(self, feed: Feed) -> Callable[[], object]:
+        """One run on these inputs, which need no conversion any more: what there is to time."""
+        if not self._by_value:
+            return lambda: self._session.run(None, feed)
+        values = {name: _to_value(array, name in self._halves) for name, array in feed.items()}
+        return lambda: self._session.run_with_ort_values(None, values)
+
+    def end_profile(self) -> Path:
+        """The file with each operator's time, complete."""
+        return Path(self._session.end_profiling())
 
 
 def _to_value(array: Array, half: bool) -> Any:

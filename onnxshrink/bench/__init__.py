@@ -1,0 +1,8 @@
+"""Which model is faster, by how much, and how sure that is."""
+
+from __future__ import annotations
+
+from onnxshrink.bench.statistics import Timing, make_timing
+from onnxshrink.bench.timing import compare, measure
+
+__all__ = ["Timing", "compare", "make_timing", "measure"]

@@ -1,0 +1,96 @@
+"""What is measured of some models, each task in a process of its own: the caller's side."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from onnxshrink.bench.feeds import write_feed
+from onnxshrink.errors import InputError, OnnxshrinkError
+from onnxshrink.graph import ModelLike
+from onnxshrink.processes import python_command
+from onnxshrink.runtime import Model
+from onnxshrink.weights import Array
+
+_ORDINALS = ("first", "second", "third")
+
+
+def ordinal(index: int) -> str:
+    """What messages call a model."""
+    return _ORDINALS[index] if index < len(_ORDINALS) else f"{index + 1}th"
+
+
+class Tasks:
+    """Some models on disk, the inputs that they are run on, and the tasks that a worker carries out on them.
+
+    Args:
+        models: paths or `ModelProto`s; the latter are written to a temporary folder.
+        given: input arrays by name.
+        threads: how many threads one operator may use.
+        seed: of the inputs that are not given.
+
+    Raises InputError when a model cannot be read or an option is out of range.
+    """
+
+    def __init__(self, models: Sequence[ModelLike], given: Mapping[str, Array], threads: int, seed: int) -> None:
+        if threads < 1:
+            raise InputError(f"threads must be at least 1, not {threads}")
+        if not models:
+            raise InputError("there is no model to measure")
+        self._kept = tempfile.TemporaryDirectory(prefix="onnxshrink-")
+        self._folder = Path(self._kept.name)
+        try:
+            paths = [self._on_disk(model, index) for index, model in enumerate(models)]
+            write_feed(given, self._folder / "given")
+        except BaseException:
+            self._kept.cleanup()
+            raise
+        self._job = {"models": [str(path.resolve()) for path in paths], "threads": threads, "seed": seed}
+
+    def __enter__(self) -> Tasks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._kept.cleanup()
+
+    def _on_disk(self, source: ModelLike, index: int) -> Path:
+        model = Model(source, ordinal(index), self._folder / str(index))
+        if model.path is not None:
+            return model.path
+        assert model.proto is not None
+        path = self._folder / f"{index}.onnx"
+        path.write_bytes(model.proto.SerializeToString())
+        return path
+
+    def time(self, seconds: float, rounds: int | None) -> list[Array]:
+        """Per model, its latency in each round, in seconds."""
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise InputError(f"seconds must be more than 0, not {seconds}")
+        if rounds is not None and rounds < 1:
+            raise InputError(f"rounds must be at least 1, not {rounds}")
+        return [np.array(taken) for taken in self._run("time", seconds=seconds, rounds=rounds)]
+
+    def _run(self, task: str, **options: Any) -> Any:
+        """What a worker finds out. Raises what the worker raised."""
+        job, result = self._folder / "job.json", self._folder / "result.json"
+        job.write_text(json.dumps({**self._job, **options, "task": task, "folder": str(self._folder)}))
+        result.unlink(missing_ok=True)
+        command = python_command("onnxshrink.bench.worker", str(job), str(result))
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        if not result.is_file():
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            raise OnnxshrinkError(f"the process that runs the models ended with code {done.returncode}: {last}")
+        found = json.loads(result.read_text())
+        if "error" in found:
+            raise (InputError if found["usage"] else OnnxshrinkError)(found["error"])
+        return found["value"]
