@@ -5,10 +5,9 @@ After `apply_masks` a mask *is* zeros in the weights; nothing later in the pipel
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +18,8 @@ from numpy.typing import ArrayLike
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from onnxshrink.errors import InputError, MaskError
+from onnxshrink.mask_arrays import kept_elements
+from onnxshrink.mask_names import Matcher, select_masks
 
 MaskTree: TypeAlias = Mapping[str, ArrayLike | None] | Mapping[str, Mapping[str, ArrayLike | None]]
 """Masks by parameter name (`{"conv1.weight": m}`) or by module (`{"conv1": {"weight": m, "bias": None}}`)."""
@@ -157,31 +158,6 @@ def _to_numpy(name: str, mask: Any) -> np.ndarray:
         raise MaskError(f"mask {name!r} is not an array: {error}") from error
 
 
-def kept_elements(name: str, mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Check a 0/1 mask against the shape of its weight, and return it as bool: True where the weight stays.
-
-    Raises MaskError, naming the mask, for another shape and for values other than 0 and 1.
-    """
-    if mask.shape != shape:
-        raise MaskError(f"mask {name!r} has shape {list(mask.shape)}, its weight has {list(shape)}")
-    if mask.dtype == np.bool_:
-        return mask
-    try:
-        kept = np.asarray(mask == 1, dtype=np.bool_)
-        other = ~(kept | np.asarray(mask == 0, dtype=np.bool_))
-    except (TypeError, ValueError) as error:
-        raise MaskError(f"mask {name!r} holds {mask.dtype} values; a mask holds only 0 and 1") from error
-    if other.any():
-        raise MaskError(f"mask {name!r} holds {mask[other].flat[0]!s}; a mask holds only 0 and 1")
-    return kept
-
-
-def near_names(name: str, names: Iterable[str]) -> str:
-    """The end of an error message: up to three of `names` that look like `name`, or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=3)
-    return f"; near names: {', '.join(map(repr, near))}" if near else ""
-
-
 # --- writing into a model ------------------------------------------------------------------------------------------
 
 
@@ -198,15 +174,14 @@ def apply_masks(model: onnx.ModelProto, masks: MaskTree, base_dir: str | Path | 
     """
     masked = onnx.ModelProto()
     masked.CopyFrom(model)
-    flat = flatten_masks(masks)
+    flat = select_masks(flatten_masks(masks))
     if not flat:
         return masked
     weights = _weights(masked)
-    for name, mask in flat.items():
-        if name not in weights:
-            raise MaskError(f"mask {name!r} matches no initializer{near_names(name, weights)}")
-        for weight in weights[name]:
-            _mask_weight(name, weight, mask, base_dir)
+    shapes = {name: _tensor_of(group[0]) for name, group in weights.items()}
+    for match in Matcher(masked, shapes).match(flat):
+        for weight in weights[match.weight]:
+            _mask_weight(match.mask, weight, match.values, base_dir)
     return masked
 
 
@@ -225,7 +200,7 @@ def zero_near(
     copy, zeroed = onnx.ModelProto(), 0
     copy.CopyFrom(model)
     for name, weight in _named_weights(copy):
-        tensor = weight.t if isinstance(weight, onnx.AttributeProto) and weight.name == "value" else weight
+        tensor = _tensor_of(weight)
         if not isinstance(tensor, onnx.TensorProto) or tensor.data_type not in _REALS or prod(tensor.dims) < 2:
             continue
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -246,6 +221,10 @@ def _weights(model: onnx.ModelProto) -> dict[str, list[_Weight]]:
     for name, weight in _named_weights(model):
         weights.setdefault(name, []).append(weight)
     return weights
+
+
+def _tensor_of(weight: _Weight) -> _Weight:
+    return weight.t if isinstance(weight, onnx.AttributeProto) and weight.name == "value" else weight
 
 
 def _named_weights(model: onnx.ModelProto) -> Iterator[tuple[str, _Weight]]:

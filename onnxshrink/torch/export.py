@@ -20,14 +20,17 @@ from torch import nn
 from torch.nn.utils import prune
 
 from onnxshrink.errors import InputError, MaskError
-from onnxshrink.masks import MaskTree, flatten_masks, kept_elements, near_names
+from onnxshrink.mask_arrays import kept_elements, near_names
+from onnxshrink.mask_names import ACTIVATION, fitted, select_masks, spellings
+from onnxshrink.masks import MaskTree, flatten_masks
 
 if TYPE_CHECKING:
     import os
 
     from onnxshrink import ShrinkResult
 
-_ACTIVATION_MASK = re.compile(r"_(input|output)_")
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, *_TRANSPOSED)
 _ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -48,7 +51,7 @@ def masked_copy(module: nn.Module, masks: MaskTree | None = None) -> nn.Module:
         raise InputError(f"expected a torch.nn.Module, not a {type(module).__name__}")
     duplicate = _deep_copy(module)
     _make_pruning_permanent(duplicate)
-    _mask_parameters(duplicate, flatten_masks(masks or {}))
+    _mask_parameters(duplicate, select_masks(flatten_masks(masks or {})))
     return duplicate.eval()
 
 
@@ -94,8 +97,10 @@ def _mask_parameters(module: nn.Module, masks: Mapping[str, np.ndarray]) -> None
     parts = dict(module.named_modules(remove_duplicate=False))
     applied: dict[int, tuple[str, np.ndarray]] = {}
     for name, mask in masks.items():
-        parameter = _parameter(parts, name)
-        kept = kept_elements(name, mask, tuple(parameter.shape))
+        owner, parameter, in_blocks = _parameter(parts, name)
+        shape = tuple(parameter.shape)
+        arranged = fitted(_of_channels(owner, name, mask, shape), shape, in_blocks)
+        kept = kept_elements(name, arranged, shape)
         first, before = applied.setdefault(id(parameter), (name, kept))
         if not np.array_equal(before, kept):
             raise MaskError(f"masks {first!r} and {name!r} differ, but they are for one shared parameter")
@@ -104,17 +109,37 @@ def _mask_parameters(module: nn.Module, masks: Mapping[str, np.ndarray]) -> None
                 parameter.masked_fill_(torch.from_numpy(~kept).to(parameter.device), 0)
 
 
-def _parameter(parts: Mapping[str, nn.Module], name: str) -> nn.Parameter:
+def _of_channels(owner: nn.Module, name: str, mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A mask of output channels, one number each, in the shape of the weight; any other as it is."""
+    if mask.ndim != 1 or len(shape) < 2 or not isinstance(owner, _LAYERS):
+        return mask
+    if isinstance(owner, nn.Embedding):
+        return np.broadcast_to(mask, shape) if mask.size == shape[1] else mask
+    if isinstance(owner, _TRANSPOSED):
+        groups, outputs = owner.groups, shape[1]
+        if mask.size != groups * outputs:
+            return mask
+        rows = mask.reshape(groups, outputs).repeat(shape[0] // groups, axis=0)
+        return np.broadcast_to(rows.reshape(*rows.shape, *[1] * (len(shape) - 2)), shape)
+    rows = mask.reshape(-1, *[1] * (len(shape) - 1))
+    return np.broadcast_to(rows, shape) if mask.size == shape[0] else mask
+
+
+def _parameter(parts: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, nn.Parameter, bool]:
+    """The module and the parameter that a mask is for, and whether it may be in blocks: the name is the module's."""
+    for wish, of_module in spellings(name):
+        path, _, leaf = wish.rpartition(".")
+        if path in parts:
+            parameter = dict(parts[path].named_parameters(recurse=False)).get(leaf)
+            if parameter is not None:
+                return parts[path], parameter, of_module
     owner, _, leaf = name.rpartition(".")
     if owner not in parts:
         raise MaskError(f"mask {name!r}: there is no module {owner!r}{near_names(owner, parts)}")
-    if _ACTIVATION_MASK.match(leaf):
+    if ACTIVATION.match(leaf):
         raise MaskError(f"mask {name!r} is for an activation; only parameters can be masked here")
-    own = dict(parts[owner].named_parameters(recurse=False))
-    if leaf not in own:
-        parameters = [parameter for parameter, _ in parts[""].named_parameters(remove_duplicate=False)]
-        raise MaskError(f"mask {name!r}: the module has no parameter {leaf!r}{near_names(name, parameters)}")
-    return own[leaf]
+    parameters = [parameter for parameter, _ in parts[""].named_parameters(remove_duplicate=False)]
+    raise MaskError(f"mask {name!r}: the module has no parameter {leaf!r}{near_names(name, parameters)}")
 
 
 # --- the ONNX model ------------------------------------------------------------------------------------------------
