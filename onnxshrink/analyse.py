@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -287,7 +288,7 @@ def _derive(analysis: Analysis, view: View) -> bool:
             continue
         if shape is None or operand.dtype is None:
             return False
-        sizes.append(int(np.prod(shape, dtype=np.int64)) * operand.dtype.itemsize)
+        sizes.append(math.prod(shape) * operand.dtype.itemsize)
     given = [o.constant for o in inputs if o.constant is not None]
     if sum(sizes) > max(_DERIVED_BYTES, sum(c.nbytes for c in given)):
         return False

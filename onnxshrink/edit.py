@@ -7,7 +7,8 @@ graph-surgeon's own round trip would lose some of them and break four-bit types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -54,6 +55,9 @@ class Editor:
         self._arrays: dict[str, Read] = {}
         self._shared: dict[Any, gs.Tensor] = {}
         self._additions: list[tuple[gs.Node, Array]] = []
+        self._before: dict[int, list[gs.Node]] = {}
+        self._after: dict[int, list[gs.Node]] = {}
+        self._scopes: defaultdict[Scope | None, list[gs.Node]] = defaultdict(list)
         self._names = set(self._tensors) | {node.name for node in self._wiring.nodes}
 
     # --- finding ------------------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ class Editor:
         node.outputs[output] = raw
         inputs = list(operands)
         inputs.insert(position, raw)
-        return self._insert(op, inputs, tensor, self._position(node) + 1, node)
+        return self._insert(op, inputs, tensor, node, self._after)
 
     def settle(self, node: gs.Node, index: int, value: Array) -> None:
         """Put a constant in the place of an output."""
@@ -119,7 +123,7 @@ class Editor:
         made = self.constant(f"{output.name}_constant", partial(same, value))
         if any(output is other for other in self._wiring.outputs) or self._is_extra(output):
             node.outputs[index] = gs.Variable(self._name(f"{output.name}_raw"))
-            self._insert("Identity", [made], output, self._position(node) + 1, node)
+            self._insert("Identity", [made], output, node, self._after)
             return
         for reader in list(output.outputs):
             for slot, tensor in enumerate(reader.inputs):
@@ -186,7 +190,7 @@ class Editor:
         made = gs.Variable(self._name(f"{tensor.name}_{op.lower()}"))
         inputs = list(operands)
         inputs.insert(position, tensor)
-        new = self._insert(op, inputs, made, self._position(node), node)
+        new = self._insert(op, inputs, made, node, self._before)
         node.inputs[slot] = made
         return new
 
@@ -203,15 +207,23 @@ class Editor:
             self._shared[key] = self.before(node, slot, "Pad", operands).outputs[0]
         node.inputs[slot] = self._shared[key]
 
-    def _position(self, node: gs.Node) -> int:
-        return next(index for index, other in enumerate(self._wiring.nodes) if other is node)
-
-    def _insert(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, position: int, near: gs.Node) -> gs.Node:
+    def _insert(
+        self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, near: gs.Node, side: dict[int, list[gs.Node]]
+    ) -> gs.Node:
+        """A new node right before or right after another, closer to it than those inserted there earlier."""
         name = self._name(f"{near.name or near.op}_{op.lower()}")
         node = gs.Node(op, name, inputs=inputs, outputs=[output])
-        self._wiring.nodes.insert(position, node)
+        side.setdefault(id(near), []).append(node)
         self._edits[id(node)] = _Edit(onnx.NodeProto(op_type=op, name=name), self._edits[id(near)].scope)
         return node
+
+    def _placed(self, node: gs.Node) -> Iterator[gs.Node]:
+        """A node among those inserted around it."""
+        for other in self._before.get(id(node), ()):
+            yield from self._placed(other)
+        yield node
+        for other in reversed(self._after.get(id(node), ())):
+            yield from self._placed(other)
 
     def bypass(self, node: gs.Node, slot: int) -> None:
         """Let the readers of a node's output read one of its inputs. The name of a model output stays."""
@@ -240,7 +252,11 @@ class Editor:
             extents: new extents per computed tensor, for its value_info; None leaves an axis as it was.
         """
         self._carry_out_additions()
-        self._wiring.cleanup(remove_unused_graph_inputs=False)
+        self._wiring.nodes = [placed for node in self._wiring.nodes for placed in self._placed(node)]
+        self._wiring.inputs.clear()  # cleaning up looks for each of them among all tensors
+        self._wiring.cleanup()
+        for node in self._wiring.nodes:
+            self._scopes[self._edits[id(node)].scope].append(node)
         skeleton = self._graph.skeleton
         model = onnx.ModelProto()
         copy_fields(skeleton, model, frozenset({"graph"}))
@@ -261,8 +277,7 @@ class Editor:
     def _scope_nodes(
         self, scope: Scope | None, renamed: Mapping[str, str], extents: Mapping[str, list[int | None]]
     ) -> list[onnx.NodeProto]:
-        nodes = [node for node in self._wiring.nodes if self._edits[id(node)].scope is scope]
-        return [self._node_proto(node, renamed, extents) for node in nodes]
+        return [self._node_proto(node, renamed, extents) for node in self._scopes[scope]]
 
     def _body(
         self, scope: Scope, outputs: list[str], renamed: Mapping[str, str], extents: Mapping[str, list[int | None]]

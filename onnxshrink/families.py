@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import reduce
 
@@ -113,7 +114,7 @@ def _large(view: View) -> bool:
         if operand is None:
             continue
         shape = operand.static_shape()
-        if shape is None or int(np.prod(shape, dtype=np.int64)) > _RUN_ELEMENTS:
+        if shape is None or math.prod(shape) > _RUN_ELEMENTS:
             return True
     return False
 
@@ -155,7 +156,7 @@ def spread(relation: Relation, slot: int, mask: BoolArray) -> BoolArray:
 def _spread_axis(relation: Relation, factors: tuple[str, ...], mask: BoolArray, axis: int) -> BoolArray:
     """The pinned ones among the factors of an axis; the whole axis where their extents are not known."""
     sizes = [relation.sizes.get(factor) or 0 for factor in factors]
-    if len(factors) == 1 or int(np.prod(sizes, dtype=np.int64)) != mask.shape[axis]:
+    if len(factors) == 1 or math.prod(sizes) != mask.shape[axis]:
         return any_along(mask, axis, keepdims=True)
     apart = mask.reshape((*mask.shape[:axis], *sizes, *mask.shape[axis + 1 :]))
     pinned = tuple(axis + index for index, factor in enumerate(factors) if factor in relation.pinned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ def copy_fields(source: Message, target: Message, leave: frozenset[str]) -> None
 
 
 def _elements(tensor: onnx.TensorProto) -> int:
-    return int(np.prod(tensor.dims, dtype=np.int64))
+    return math.prod(tensor.dims)
 
 
 def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 
 from onnxshrink.flatten import subgraphs
@@ -64,7 +64,7 @@ def weights(model: onnx.ModelProto) -> Weights:
         for tensor in tensors(body):
             if tensor.data_type in _STRUCTURE:
                 continue
-            elements = int(np.prod(tensor.dims, dtype=np.int64))
+            elements = math.prod(tensor.dims)
             nbytes += elements * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
             if tensor.data_type not in _INTEGER:
                 parameters += elements
@@ -132,7 +132,7 @@ _COUNTS: dict[str, Callable[[Extents, Extents], int]] = {
 
 
 def _elements(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)
 
 
 def multiply_adds(graph: Graph) -> tuple[int, bool]:

@@ -15,6 +15,7 @@ operators that pick, join or repeat positions. Slots number the inputs 0, 1, ...
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -246,7 +247,7 @@ def _bind_products(
             if isinstance(extent, Period):
                 raise UnresolvedError("an axis that is a product has a free part")
             open_ones = [name for name in factors if known.get(name) is None]
-            rest = int(np.prod([known[name] or 1 for name in factors if known.get(name) is not None], dtype=np.int64))
+            rest = math.prod(known[name] or 1 for name in factors if known.get(name) is not None)
             if len(open_ones) == 1 and rest and extent % rest == 0:
                 known[open_ones[0]] = extent // rest
             elif open_ones or rest != extent:
@@ -353,7 +354,7 @@ def _free_product(left: list[_Walk], right: list[_Walk], sizes: dict[str, int | 
             continue
         axis, extent = whole[0]
         fixed = [size for _, size in parts[1:] if isinstance(size, int) and not isinstance(size, Period)]
-        period = int(np.prod(fixed, dtype=np.int64))
+        period = math.prod(fixed)
         known = isinstance(extent, Period) and extent == period
         if period == 1 or len(fixed) < len(parts) - 1 or not (known or (merged == 1 and not isinstance(extent, int))):
             continue
@@ -469,7 +470,7 @@ def _fold(array: Array, spec: TensorSpec, sizes: Mapping[str, int | None]) -> Ar
             widths += extents
         else:
             full = extents if len(factors) == 1 else [sizes[name] or 1 for name in factors]
-            shape.append(int(np.prod(full, dtype=np.int64)))
+            shape.append(math.prod(full))
             widths += full
     return np.broadcast_to(array, widths).reshape(shape)
 

@@ -152,6 +152,7 @@ def make_report(
     )
     if result is None:
         return same
+    cutter = _Cutter()
     folds = [fold for folds in plan.folds.values() for fold in folds.values()]
     return replace(
         same,
@@ -159,8 +160,8 @@ def make_report(
         layers=tuple(_layers(analysis, result)),
         folded=sum(len(fold.indices) for fold in folds),
         appended=sum(fold.appends for fold in folds),
-        tensors=_tensor_cuts(plan),
-        weights=_weight_cuts(analysis, plan),
+        tensors=_tensor_cuts(plan, cutter),
+        weights=_weight_cuts(analysis, plan, cutter),
         gone=tuple(n for node in analysis.nodes() for n in node.outputs if n and n not in plan.present),
     )
 
@@ -259,30 +260,42 @@ def _refusals(analysis: Analysis) -> tuple[Refused, ...]:
 # --- index sets ----------------------------------------------------------------------------------------------------
 
 
-def runs(mask: BoolArray) -> tuple[tuple[int, int], ...]:
+Runs = tuple[tuple[int, int], ...]
+
+
+def runs(mask: BoolArray) -> Runs:
     """The stretches of True: pairs of the first and the last index."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).view(np.int8)))
     return tuple(zip(edges[::2].tolist(), (edges[1::2] - 1).tolist(), strict=True))
 
 
-def _cuts(kept: Kept, node: str = "") -> tuple[Cut, ...]:
-    return tuple(
-        Cut(axis, runs(mask), runs(~mask), node)
-        for axis, mask in enumerate(kept)
-        if mask is not None and not mask.all()
-    )
+class _Cutter:
+    """Masks as runs. Most tensors of a model share a few masks, whose runs are found once."""
+
+    def __init__(self) -> None:
+        self._found: dict[bytes, tuple[Runs, Runs]] = {}
+
+    def cuts(self, kept: Kept, node: str = "") -> tuple[Cut, ...]:
+        masks = [(axis, mask) for axis, mask in enumerate(kept) if mask is not None and not mask.all()]
+        return tuple(Cut(axis, *self._runs(mask), node) for axis, mask in masks)
+
+    def _runs(self, mask: BoolArray) -> tuple[Runs, Runs]:
+        key = mask.tobytes()
+        if key not in self._found:
+            self._found[key] = runs(mask), runs(~mask)
+        return self._found[key]
 
 
-def _tensor_cuts(plan: Plan) -> dict[str, tuple[Cut, ...]]:
-    return {name: _cuts(kept) for name, kept in plan.kept.items() if plan.shrinks(name)}
+def _tensor_cuts(plan: Plan, cutter: _Cutter) -> dict[str, tuple[Cut, ...]]:
+    return {name: cutter.cuts(kept) for name, kept in plan.kept.items() if plan.shrinks(name)}
 
 
-def _weight_cuts(analysis: Analysis, plan: Plan) -> dict[str, tuple[Cut, ...]]:
+def _weight_cuts(analysis: Analysis, plan: Plan, cutter: _Cutter) -> dict[str, tuple[Cut, ...]]:
     found: dict[str, tuple[Cut, ...]] = {}
     for node in analysis.nodes():
         for slot, kept in plan.constants.get(node.index, {}).items():
             name = node.inputs[slot]
-            cuts = _cuts(kept, node.label)
+            cuts = cutter.cuts(kept, node.label)
             if cuts and name in analysis.constants:
                 found[name] = (*found.get(name, ()), *cuts)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -130,7 +131,7 @@ class _Reader:
             return
         self.shapes[name] = tuple(tensor.dims)
         # A stripped weight has fewer bytes than elements and is never a small constant.
-        if np.prod(tensor.dims) <= _SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
+        if math.prod(tensor.dims) <= _SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
             self.constants[name] = numpy_helper.to_array(tensor)
 
     def input(self, value: onnx.ValueInfoProto) -> Input:

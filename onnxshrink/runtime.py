@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ class Model:
         self.proto = source if isinstance(source, onnx.ModelProto) else None
         weights = [(t.data_type, t.dims) for t in full.graph.initializer]
         self.single = any(kind == onnx.TensorProto.FLOAT for kind, _ in weights)
-        if self.proto is not None and sum(4 * int(np.prod(dims)) for _, dims in weights) > _LARGEST:
+        if self.proto is not None and sum(4 * math.prod(dims) for _, dims in weights) > _LARGEST:
             self.path, self.proto = _spill(self.proto, folder), None
 
     def load(self, options: Any, exposed: Sequence[str]) -> Any:
@@ -179,7 +180,7 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy without the data of large initializers: types, shapes, nodes and small constants."""
     copy = _hollow(model)
     for tensor in model.graph.initializer:
-        if np.prod(tensor.dims) <= _SMALL:
+        if math.prod(tensor.dims) <= _SMALL:
             copy.graph.initializer.append(tensor)
         else:
             copy.graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -11,7 +12,6 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -100,7 +100,8 @@ def write_model(model: onnx.ModelProto, path: Path, *, external: bool = False, k
 def _nbytes(tensor: onnx.TensorProto) -> int:
     if tensor.data_type == onnx.TensorProto.STRING:
         return 0
-    return int(np.prod(tensor.dims, dtype=np.int64)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    elements: int = math.prod(tensor.dims)
+    return elements * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def data_files(model: onnx.ModelProto, folder: Path) -> set[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -116,6 +117,6 @@ def cancel(before: list[int | str | None], after: list[int | str | None]) -> tup
         return None
     if own != Counter(extent for axis, extent in enumerate(after) if isinstance(extent, str) and axis != unknown[0]):
         return None
-    total = int(np.prod([extent for extent in before if isinstance(extent, int)], dtype=np.int64))
-    rest = int(np.prod([extent for extent in after if isinstance(extent, int)], dtype=np.int64))
+    total = math.prod(extent for extent in before if isinstance(extent, int))
+    rest = math.prod(extent for extent in after if isinstance(extent, int))
     return (unknown[0], total // rest) if rest and total % rest == 0 else None

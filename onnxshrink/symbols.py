@@ -7,6 +7,7 @@ declared symbol, or unknown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -304,7 +305,7 @@ def fill(graph: onnx.GraphProto) -> bool:
 
 
 def _of_tensor(tensor: onnx.TensorProto) -> Vector | None:
-    small = len(tensor.dims) <= 1 and int(np.prod(tensor.dims, dtype=np.int64)) <= _LARGEST
+    small = len(tensor.dims) <= 1 and math.prod(tensor.dims) <= _LARGEST
     if tensor.data_type not in _INTEGERS or not small or tensor.data_location == onnx.TensorProto.EXTERNAL:
         return None
     array = onnx.numpy_helper.to_array(tensor)

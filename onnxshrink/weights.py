@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ def read_tensor(tensor: onnx.TensorProto, folder: Path | None) -> Array:
         )
     path, offset, length = external_file(tensor, folder)
     dtype = tensor_dtype(tensor)
-    count = int(np.prod(tensor.dims, dtype=np.int64))
+    count = math.prod(tensor.dims)
     if count == 0:
         return np.zeros(tuple(tensor.dims), dtype)
     if dtype.itemsize * count != (length if length is not None else dtype.itemsize * count):
@@ -96,7 +97,7 @@ class Constant:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +116,12 @@ class Constant:
     def nonzero(self, axes: tuple[int, ...]) -> BoolArray:
         """Where along `axes` (in order of the tensor) any element is not zero, reduced over the other axes."""
         if axes not in self._nonzero:
-            self._nonzero[axes] = any_nonzero(self.array(), axes)
+            finer = next((known for known in self._nonzero if set(axes) < set(known)), None)
+            if finer is None:
+                self._nonzero[axes] = any_nonzero(self.array(), axes)
+            else:
+                rest = tuple(position for position, axis in enumerate(finer) if axis not in axes)
+                self._nonzero[axes] = any_along(self._nonzero[finer], rest)
         return self._nonzero[axes]
 
 

@@ -425,11 +425,6 @@ def test_a_model_that_the_checker_faults_in_part_is_still_shrunk() -> None:
     assert parameters(shrink(model, verify=False).model) <= WHOLE
 
 
-def test_large_models_are_checked_without_their_weights(monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine, "_CHECK_WHOLE", 0)
-    assert parameters(shrink(chain(True)).model) == SMALL
-
-
 def test_models_beyond_the_limit_of_one_file_get_external_data(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(save, "LARGEST", 0)
     monkeypatch.setattr(save, "_INLINE", 1)
