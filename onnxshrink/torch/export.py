@@ -21,8 +21,9 @@ from torch.nn.utils import prune
 
 from onnxshrink.errors import InputError, MaskError
 from onnxshrink.mask_arrays import kept_elements, near_names
-from onnxshrink.mask_names import ACTIVATION, fitted, select_masks, spellings
+from onnxshrink.mask_names import fitted, select_masks, spellings
 from onnxshrink.masks import MaskTree, flatten_masks
+from onnxshrink.torch.activations import is_activation_mask, mask_activations
 
 if TYPE_CHECKING:
     import os
@@ -40,18 +41,23 @@ _ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 def masked_copy(module: nn.Module, masks: MaskTree | None = None) -> nn.Module:
     """Deep-copy a module, with its masks written into the parameters as zeros, in evaluation mode.
 
-    `masks` is `{module name: {"weight": mask, "bias": mask}}` or `{"module.weight": mask}`, in 0 and 1. Pruning by
-    `torch.nn.utils.prune` becomes permanent in the copy. A parameter that several modules share is masked once, under
-    whichever of its names the mask comes. The given module keeps its parameters, buffers, hooks and training flag.
+    `masks` is `{module name: {"weight": mask, "bias": mask}}` or `{"module.weight": mask}`, in 0 and 1. Those named
+    `_input_NAME` and `_output_0` are for activations: the copy multiplies them (`activations.mask_activations`).
+    Pruning by `torch.nn.utils.prune` becomes permanent in the copy. A parameter that several modules share is masked
+    once, under whichever of its names the mask comes. The given module keeps its parameters, buffers, hooks and
+    training flag.
 
-    Raises MaskError for an unknown module or parameter, another shape, values other than 0 and 1, two different masks
-    for one shared parameter, and masks of activations; InputError for a module that cannot be copied.
+    Raises MaskError for an unknown module, parameter or input, another shape, values other than 0 and 1, and two
+    different masks for one shared parameter; InputError for a module that cannot be copied.
     """
     if not isinstance(module, nn.Module):
         raise InputError(f"expected a torch.nn.Module, not a {type(module).__name__}")
     duplicate = _deep_copy(module)
     _make_pruning_permanent(duplicate)
-    _mask_parameters(duplicate, select_masks(flatten_masks(masks or {})))
+    flat = flatten_masks(masks or {})
+    activations = {name: mask for name, mask in flat.items() if is_activation_mask(name)}
+    _mask_parameters(duplicate, select_masks({n: m for n, m in flat.items() if n not in activations}))
+    mask_activations(duplicate, activations)
     return duplicate.eval()
 
 
@@ -136,8 +142,6 @@ def _parameter(parts: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, nn
     owner, _, leaf = name.rpartition(".")
     if owner not in parts:
         raise MaskError(f"mask {name!r}: there is no module {owner!r}{near_names(owner, parts)}")
-    if ACTIVATION.match(leaf):
-        raise MaskError(f"mask {name!r} is for an activation; only parameters can be masked here")
     parameters = [parameter for parameter, _ in parts[""].named_parameters(remove_duplicate=False)]
     raise MaskError(f"mask {name!r}: the module has no parameter {leaf!r}{near_names(name, parameters)}")
 
@@ -183,6 +187,9 @@ def export_onnx(
         with _quiet():
             model = run(duplicate, _as_tuple(args), options)
     except Exception as error:  # exporters raise whatever the module's code leads them to
+        own = next((cause for cause in _causes(error) if isinstance(cause, MaskError)), None)
+        if own is not None:
+            raise own from error
         raise InputError(f"torch.onnx.export cannot export {type(module).__name__}: {_reason(error)}") from error
     _check_opset(model, opset_version)
     return model
@@ -270,7 +277,14 @@ def _quiet() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """One line: the first one of the deepest cause, without terminal colours."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = _ANSI_COLOUR.sub("", str(error)).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    *_, deepest = _causes(error)
+    lines = _ANSI_COLOUR.sub("", str(deepest)).strip().splitlines()
+    return lines[0].strip() if lines else type(deepest).__name__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what caused it, the deepest last."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__

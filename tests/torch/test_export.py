@@ -229,8 +229,6 @@ def test_a_module_used_twice_is_masked_under_either_name() -> None:
         ({"norm": {"weight": [1, 0]}}, r"mask 'norm\.weight' has shape \[2\], its weight has \[8\]"),
         ({"norm": {"weight": [0.5] * 8}}, r"mask 'norm\.weight' holds 0\.5; a mask holds only 0 and 1"),
         ({"norm": {"weight": [float("nan")] * 8}}, r"mask 'norm\.weight' holds nan; a mask holds only 0 and 1"),
-        ({"stem": {"_input_x": [1]}}, r"mask 'stem\._input_x' is for an activation; only parameters can be masked"),
-        ({"stem": {"_output_0": [1]}}, r"mask 'stem\._output_0' is for an activation; only parameters can be masked"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_named(network: Network, masks, message: str) -> None:
