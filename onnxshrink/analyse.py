@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from onnxshrink.facts import Known, along, compress, everything
-from onnxshrink.families import needed_by_relation, whole
+from onnxshrink.families import endless, needed_by_relation, spoilt, whole
 from onnxshrink.graph import Graph, Node, Period, Shape
 from onnxshrink.notation import Relation, UnresolvedError, opaque
 from onnxshrink.registry import Rule, find
@@ -51,6 +51,7 @@ class Analysis:
         readers: how many inputs read each tensor.
         unit: per tensor, the axis along which its elements sum to one.
         blind: per tensor, the axis along which one number may be added to all elements, and nobody would notice.
+        infinite: per tensor, elements that may be minus infinity by design; absent: none.
     """
 
     graph: Graph
@@ -67,6 +68,7 @@ class Analysis:
     taken: set[int] = field(default_factory=set)
     unit: dict[str, int] = field(default_factory=dict)
     blind: dict[str, int | None] = field(default_factory=dict)
+    infinite: dict[str, BoolArray] = field(default_factory=dict)
 
     def nodes(self) -> list[Node]:
         """The nodes that compute something that is not constant."""
@@ -107,7 +109,9 @@ class Analysis:
         weights = self.constants.get(name)
         if weights is not None:
             return Operand(name, weights.shape, weights.dtype, constant=weights)
-        return Operand(name, self.shape(name), self.graph.dtype(name), self.known.get(name), unit=self.unit.get(name))
+        shape, dtype = self.shape(name), self.graph.dtype(name)
+        unit, infinite = self.unit.get(name), self.infinite.get(name)
+        return Operand(name, shape, dtype, self.known.get(name), unit=unit, infinite=infinite)
 
 
 def analyse(graph: Graph) -> Analysis:
@@ -126,6 +130,9 @@ def analyse(graph: Graph) -> Analysis:
 def _forward_pass(graph: Graph) -> Analysis:
     readers = Counter(name for node in graph.nodes for name in node.inputs)
     analysis = Analysis(graph, constants=dict(graph.constants), readers=readers)
+    for name in graph.inputs:
+        # A mask that is given may well hold infinities.
+        analysis.infinite[name] = everything(analysis.rank(name))
     for node in graph.nodes:
         _forward(analysis, node)
     return analysis
@@ -196,10 +203,11 @@ def _forward(analysis: Analysis, node: Node) -> None:
         rule, relation, reason = _relate(view, rule)
     analysis.rules[node.index] = rule
     analysis.relations[node.index] = relation
+    view = analysis.view(node, relation)
     if rule is None:
         analysis.refusals.append(Refusal(node.label, node.op, reason))
+        _note_infinite(analysis, view, None)
         return
-    view = analysis.view(node, relation)
     facts: Sequence[Known | None] = rule.forward(view) if rule.forward else whole(view)
     for name, fact in zip(node.outputs, facts, strict=True):
         if name and fact is not None and fact.anything:
@@ -207,8 +215,22 @@ def _forward(analysis: Analysis, node: Node) -> None:
     unit = rule.unit(view) if rule.unit is not None else None
     if unit is not None:
         analysis.unit[node.outputs[0]] = unit
+    _note_infinite(analysis, view, rule)
     if not rule.decodes:
         _take_for_constants(analysis, node)
+
+
+def _note_infinite(analysis: Analysis, view: View, rule: Rule | None) -> None:
+    """Elements that may be minus infinity: by a constant or known value, and what is made of them."""
+    masks = rule.infinite(view) if rule is not None and rule.infinite is not None else spoilt(view)
+    for operand, mask in zip(view.outputs, masks, strict=True):
+        if operand is None:
+            continue
+        known = analysis.known.get(operand.name)
+        found = endless(known) if known is not None else None
+        found = mask if found is None else found if mask is None else found | mask
+        if found is not None and found.any():
+            analysis.infinite[operand.name] = compress(found)
 
 
 def _take_for_constants(analysis: Analysis, node: Node) -> None:

@@ -13,6 +13,8 @@ from onnxshrink.notation import Relation, transfer
 from onnxshrink.view import Operand, View
 from onnxshrink.weights import Array, BoolArray, any_along
 
+# What numpy calls floating-point types, bfloat16 included.
+_REAL_KINDS = "fV"
 # A node is run on full-size values only where that is cheap.
 _RUN_ELEMENTS = 1 << 16
 
@@ -216,6 +218,70 @@ def partial_in(*slots: int) -> Callable[[View], list[BoolArray | None]]:
         return needed
 
     return backward
+
+
+def endless(known: Known) -> BoolArray | None:
+    """Known elements that are minus infinity; all, where one is a positive infinity or no number; None: none."""
+    if known.value.dtype.kind not in _REAL_KINDS:
+        return None
+    found = known.mask & ~np.isfinite(known.value)
+    if not found.any():
+        return None
+    low = known.value == -np.inf
+    return found if not bool((found & ~low).any()) else everything(found.ndim)
+
+
+def infinities(operand: Operand) -> BoolArray | None:
+    """Elements of an operand that may be minus infinity."""
+    if operand.constant is None or operand.constant.size == 0 or operand.constant.dtype.kind not in _REAL_KINDS:
+        return operand.infinite
+    value = operand.constant.array()
+    # Most weights hold none: no array of their size is made to find that out.
+    return None if np.isfinite(value.min()) and np.isfinite(value.max()) else endless(operand.known)
+
+
+def spoilt(view: View) -> list[BoolArray | None]:
+    """Every element of the outputs may be infinite, or no number, where any of the inputs may be.
+
+    But what is summed over is not meant to be infinite: no numbers would come out.
+    """
+    relation = view.relation
+    assert relation is not None
+    contracted = _contracted_inputs(relation)
+    for slot, operand in enumerate(view.inputs):
+        if operand is not None and slot not in contracted and infinities(operand) is not None:
+            return endless_everywhere(view)
+    return [None] * len(view.outputs)
+
+
+def endless_everywhere(view: View) -> list[BoolArray | None]:
+    """Every element of the outputs may be infinite."""
+    return [None if output is None else everything(output.rank) for output in view.outputs]
+
+
+def _contracted_inputs(relation: Relation) -> set[int]:
+    written = {f for spec in relation.outputs for factors in spec or () for f in factors} | relation.pinned
+    return {
+        slot
+        for slot, spec in enumerate(relation.inputs)
+        if any(factor not in written for factors in spec or () for factor in factors)
+    }
+
+
+def infinite_moves(view: View) -> list[BoolArray | None]:
+    """An element of an output may be infinite where the elements that it is made of may be."""
+    relation = view.relation
+    assert relation is not None
+    found: list[BoolArray | None] = []
+    given = [(slot, infinities(o)) for slot, o in enumerate(view.inputs) if o is not None and o.dtype is not None]
+    for index, output in enumerate(view.outputs):
+        mask = None
+        for slot, part in given:
+            if output is not None and part is not None and relation.spec(slot) is not None:
+                part = spread(relation, -1 - index, transfer(relation, part, slot, -1 - index))
+                mask = part if mask is None else mask | part
+        found.append(mask)
+    return found
 
 
 def unit_moves(view: View) -> int | None:

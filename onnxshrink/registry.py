@@ -60,6 +60,7 @@ FoldFunction = Callable[[View], Mapping[int, Fold]]
 RewriteFunction = Callable[[View], Rewrite]
 Unit = Callable[[View], "int | None"]
 Blind = Callable[[View], Mapping[int, int]]
+Infinite = Callable[[View], "list[BoolArray | None]"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,7 @@ class Rule:
         decodes: whether it makes numbers of stored ones: weights then stay as they are stored, and the node with them.
         unit: the axis along which the elements of the first output sum to one.
         blind: per input, an axis along which one number may be added to all elements without an effect that counts.
+        infinite: elements of the outputs that may be minus infinity; None: all, where an input or constant has any.
         refusal: why the operator is kept whole.
     """
 
@@ -102,6 +104,7 @@ class Rule:
     decodes: bool = False
     unit: Unit | None = None
     blind: Blind | None = None
+    infinite: Infinite | None = None
     refusal: str | None = None
 
     def relation(self, view: View) -> Relation:

@@ -21,6 +21,7 @@ class Operand:
 
     Attributes:
         unit: axis along which the elements sum to one, as a softmax's do.
+        infinite: elements that may be minus infinity by design, as in a mask; compressed; None: none.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Operand:
     fact: Known | None = None
     constant: Constant | None = None
     unit: int | None = None
+    infinite: BoolArray | None = None
 
     @property
     def known(self) -> Known:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxshrink.facts import Known, along, partial, uniform
-from onnxshrink.families import blind_moves, layout, moved, unit_moves
+from onnxshrink.families import blind_moves, infinite_moves, layout, moved, unit_moves
 from onnxshrink.graph import Shape
 from onnxshrink.notation import Link, Relation, UnresolvedError, reshape, resolve, transfer
 from onnxshrink.registry import Keep, Rewrite, Rule, register
@@ -94,7 +94,16 @@ def shape_rewrite(slot: int) -> object:
 
 
 register(Rule("Identity", since=10_001, relate="*a -> *a"))
-register(Rule("Transpose", relate=_transpose, forward=layout, unit=unit_moves, blind=blind_moves))
+register(
+    Rule(
+        "Transpose",
+        relate=_transpose,
+        forward=layout,
+        unit=unit_moves,
+        blind=blind_moves,
+        infinite=infinite_moves,
+    )
+)
 register(
     Rule(
         "Reshape",
@@ -105,10 +114,20 @@ register(
         rewrite=shape_rewrite(1),  # type: ignore[arg-type]
         unit=unit_moves,
         blind=blind_moves,
+        infinite=infinite_moves,
     )
 )
 for _op in ("Flatten", "Squeeze", "Unsqueeze"):
-    register(Rule(_op, relate=_same_elements, forward=layout, unit=unit_moves, blind=blind_moves))
+    register(
+        Rule(
+            _op,
+            relate=_same_elements,
+            forward=layout,
+            unit=unit_moves,
+            blind=blind_moves,
+            infinite=infinite_moves,
+        )
+    )
 
 
 # --- Links: joining and cutting along one axis ------------------------------------------------------------------
@@ -202,7 +221,7 @@ def _joined(arrays: list[Array], extents: list[int | None], axis: int) -> Array:
     return np.concatenate(parts, axis=axis)
 
 
-register(Rule("Concat", since=4, relate=_concat, forward=_concat_forward))
+register(Rule("Concat", since=4, relate=_concat, forward=_concat_forward, infinite=infinite_moves))
 
 
 def _split(view: View) -> Relation:
@@ -233,7 +252,7 @@ def _split_rewrite(view: View) -> Rewrite:
     return Rewrite(constants={1: np.array(sizes, np.int64)}, attributes=attributes)
 
 
-register(Rule("Split", since=2, relate=_split, forward=layout, rewrite=_split_rewrite))
+register(Rule("Split", since=2, relate=_split, forward=layout, rewrite=_split_rewrite, infinite=infinite_moves))
 
 
 def slice_positions(view: View) -> dict[int, Array]:
@@ -359,7 +378,16 @@ def _slice_retain(view: View) -> list[Keep]:
     return keeps
 
 
-register(Rule("Slice", relate=_slice, forward=layout, retain=_slice_retain, rewrite=_slice_rewrite))
+register(
+    Rule(
+        "Slice",
+        relate=_slice,
+        forward=layout,
+        retain=_slice_retain,
+        rewrite=_slice_rewrite,
+        infinite=infinite_moves,
+    )
+)
 
 
 # --- Pad --------------------------------------------------------------------------------------------------------
@@ -502,4 +530,14 @@ def _expand_rewrite(view: View) -> Rewrite:
     return Rewrite(constants={1: np.where(mask & (value != 1), counts, value)})
 
 
-register(Rule("Expand", since=8, target=1, relate=_expand, forward=_expand_forward, rewrite=_expand_rewrite))
+register(
+    Rule(
+        "Expand",
+        since=8,
+        target=1,
+        relate=_expand,
+        forward=_expand_forward,
+        rewrite=_expand_rewrite,
+        infinite=infinite_moves,
+    )
+)

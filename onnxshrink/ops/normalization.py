@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from onnxshrink.facts import Known, along, partial, uniform
-from onnxshrink.families import needed_by_relation
+from onnxshrink.facts import Known, along, everything, partial, uniform
+from onnxshrink.families import infinities, needed_by_relation
 from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import View
@@ -63,6 +63,14 @@ def _softmax_axis(view: View) -> int | None:
     return None if rank == 0 or (old and axis != rank - 1) else axis
 
 
+def _softmax_infinite(view: View) -> list[BoolArray | None]:
+    """No number comes out where all scores are minus infinity; else every result is finite."""
+    axis, mask = _softmax_axis(view), infinities(view.data())
+    if mask is None:
+        return [None]
+    return [everything(mask.ndim) if axis is None else all_along(mask, (axis,), keepdims=True)]
+
+
 def _softmax_blind(view: View) -> dict[int, int]:
     """A number added to all scores leaves as it came."""
     axis = _softmax_axis(view)
@@ -70,7 +78,7 @@ def _softmax_blind(view: View) -> dict[int, int]:
 
 
 for _op in ("Softmax", "Hardmax"):
-    register(Rule(_op, relate=_softmax, unit=_softmax_axis, blind=_softmax_blind))
+    register(Rule(_op, relate=_softmax, unit=_softmax_axis, blind=_softmax_blind, infinite=_softmax_infinite))
 register(Rule("LogSoftmax", relate=_softmax, blind=_softmax_blind))
 
 

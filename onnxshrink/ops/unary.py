@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxshrink.facts import Known, partial
-from onnxshrink.families import blind_moves, partial_in, pointwise, unit_moves
+from onnxshrink.facts import Known, everything, partial
+from onnxshrink.families import (
+    blind_moves,
+    endless_everywhere,
+    infinite_moves,
+    partial_in,
+    pointwise,
+    unit_moves,
+)
 from onnxshrink.notation import Relation, UnresolvedError, elementwise, resolve
 from onnxshrink.registry import Rule, register
 from onnxshrink.view import View
 
 WORDS = """
-    Abs BitwiseNot Ceil Celu Elu Erf Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Mish Neg Not Relu
+    Abs BitwiseNot Ceil Celu Elu Erf Floor Gelu HardSigmoid HardSwish Identity IsInf LeakyRelu Mish Neg Not Relu
     Round Selu Shrink Sigmoid Sign Sin Cos Atan Asinh Softplus Softsign Swish Tanh ThresholdedRelu Cast
 """
 
@@ -45,10 +52,32 @@ for _word in WORDS.split():
             forward=pointwise,
             unit=_unit if _moves else None,
             blind=_blind if _moves else None,
+            infinite=infinite_moves if _moves else None,
         )
     )
+
+
+def _is_nan(view: View) -> list[Known | None]:
+    """What sums to one holds numbers, but where all that it was made of is masked."""
+    (found,) = pointwise(view)
+    data = view.data()
+    if data.unit is None or data.infinite is not None:
+        return [found]
+    return [Known(everything(data.rank), np.zeros((1,) * data.rank, np.bool_))]
+
+
+register(Rule("IsNaN", since=9, relate="*a -> *a", forward=_is_nan))
 for _word in PARTIAL_WORDS.split():
-    register(Rule(_word, relate="*a -> *a", forward=pointwise, backward=partial_in(0), partial=(0,)))
+    register(
+        Rule(
+            _word,
+            relate="*a -> *a",
+            forward=pointwise,
+            backward=partial_in(0),
+            partial=(0,),
+            infinite=endless_everywhere,
+        )
+    )
 
 
 def _first_input(view: View) -> Relation:
@@ -77,6 +106,26 @@ register(Rule("Clip", until=10, relate="*a -> *a", forward=pointwise))
 register(
     Rule("Clip", since=11, relate=lambda v: elementwise(v.shapes(v.inputs), v.shapes(v.outputs)), forward=pointwise)
 )
-register(Rule("Dropout", until=11, relate=_first_input, forward=_first_known, unit=unit_moves, blind=blind_moves))
-register(Rule("Dropout", since=12, relate=_dropout, forward=_first_known, unit=unit_moves, blind=blind_moves))
+register(
+    Rule(
+        "Dropout",
+        until=11,
+        relate=_first_input,
+        forward=_first_known,
+        unit=unit_moves,
+        blind=blind_moves,
+        infinite=infinite_moves,
+    )
+)
+register(
+    Rule(
+        "Dropout",
+        since=12,
+        relate=_dropout,
+        forward=_first_known,
+        unit=unit_moves,
+        blind=blind_moves,
+        infinite=infinite_moves,
+    )
+)
 register(Rule("CastLike", relate=_first_input, forward=_first_known))
