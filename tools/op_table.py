@@ -36,7 +36,8 @@ elements stay although nothing reads them. *lets one constant stand for others*:
 bias cannot carry what the others add. *folds constants*: constants that leave are added to a bias. *changes
 attributes or weights*: what must be rewritten when an axis shrinks. *takes compressed constants*: a constant that is
 the same along an axis may have one element there. *not finite everywhere*: infinite or no result for some inputs, so
-that its inputs are never made up."""
+that its inputs are never made up. *may sum to one*: along one axis, so that equal values weighed by it come out as
+they went in. *may be shifted*: one number added along an axis of its input is lost in it, or comes out added."""
 _TRAITS = {
     "forward": "own constants",
     "backward": "own needs",
@@ -44,6 +45,8 @@ _TRAITS = {
     "represent": "lets one constant stand for others",
     "fold": "folds constants",
     "rewrite": "changes attributes or weights",
+    "unit": "may sum to one",
+    "blind": "may be shifted",
 }
 
 
