@@ -14,6 +14,7 @@ from onnxshrink.errors import DifferenceError, InputError, MaskError, Onnxshrink
 from onnxshrink.version import __version__
 
 if TYPE_CHECKING:
+    from onnxshrink.custom import rule
     from onnxshrink.report import Report
     from onnxshrink.shrink import ShrinkResult, shrink
     from onnxshrink.verify import Equivalence, OutputsDiffer, verify
@@ -30,6 +31,7 @@ __all__ = [
     "ShrinkResult",
     "__version__",
     "export",
+    "rule",
     "shrink",
     "verify",
 ]
@@ -39,6 +41,7 @@ _HOMES = {
     "OutputsDiffer": "verify",
     "Report": "report",
     "ShrinkResult": "shrink",
+    "rule": "custom",
     "shrink": "shrink",
     "verify": "verify",
 }

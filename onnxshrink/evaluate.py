@@ -16,7 +16,12 @@ _CACHE_SIZE = 512
 _sessions: OrderedDict[bytes, Any] = OrderedDict()
 
 
-def _one_node_model(node: onnx.NodeProto, opsets: Sequence[tuple[str, int]], inputs: Sequence[Array | None]) -> bytes:
+def _one_node_model(
+    node: onnx.NodeProto,
+    opsets: Sequence[tuple[str, int]],
+    inputs: Sequence[Array | None],
+    functions: Sequence[onnx.FunctionProto],
+) -> bytes:
     bare = onnx.NodeProto()
     bare.op_type, bare.domain = node.op_type, node.domain
     bare.attribute.extend(node.attribute)
@@ -33,7 +38,7 @@ def _one_node_model(node: onnx.NodeProto, opsets: Sequence[tuple[str, int]], inp
             results.append(onnx.ValueInfoProto(name=f"o{index}"))
     graph = onnx.helper.make_graph([bare], "one", values, results)
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets]
-    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=_IR_VERSION)
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=_IR_VERSION, functions=functions)
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -64,7 +69,10 @@ def _runner(model: bytes) -> Any:
 
 
 def evaluate(
-    node: onnx.NodeProto, opsets: Sequence[tuple[str, int]], inputs: Sequence[Array | None]
+    node: onnx.NodeProto,
+    opsets: Sequence[tuple[str, int]],
+    inputs: Sequence[Array | None],
+    functions: Sequence[onnx.FunctionProto] = (),
 ) -> list[Array] | None:
     """Outputs of `node` on `inputs` (None for one left out); None when nothing here can run it.
 
@@ -72,8 +80,9 @@ def evaluate(
         node: the node; its subgraphs must not read outer tensors.
         opsets: pairs of domain and version.
         inputs: values by position.
+        functions: of the model that the node is from.
     """
-    model = _one_node_model(node, opsets, inputs)
+    model = _one_node_model(node, opsets, inputs, functions)
     feeds = {f"i{index}": np.ascontiguousarray(array) for index, array in enumerate(inputs) if array is not None}
     feeds = {name: feed.reshape(inputs[int(name[1:])].shape) for name, feed in feeds.items()}  # type: ignore[union-attr]
     session = _runner(model)

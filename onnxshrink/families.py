@@ -8,7 +8,7 @@ from functools import reduce
 
 import numpy as np
 
-from onnxshrink.facts import Known, everything, nothing, partial, uniform
+from onnxshrink.facts import Known, along, everything, nothing, partial, uniform
 from onnxshrink.notation import Relation, transfer
 from onnxshrink.view import Operand, View
 from onnxshrink.weights import Array, BoolArray, any_along
@@ -42,6 +42,54 @@ def pointwise(view: View) -> list[Known | None]:
         return [None] * len(view.outputs)
     mask = mask.reshape((1,) * (rank - mask.ndim) + mask.shape)
     return [partial(mask, value.reshape((1,) * (rank - value.ndim) + value.shape)) for value in values]
+
+
+def same_index(view: View) -> list[Known | None]:
+    """As `pointwise`, where the notation and not numpy says which axes of the inputs belong together.
+
+    Nothing is known where the notation pins a factor, or has one that an output lacks.
+    """
+    relation, unknown = view.relation, [None] * len(view.outputs)
+    assert relation is not None
+    slots = [slot for slot, operand in enumerate(view.inputs) if operand is not None]
+    outputs = [-1 - index for index, operand in enumerate(view.outputs) if operand is not None]
+    read = {factor for slot in slots for factors in relation.spec(slot) or () for factor in factors}
+    made = [{factor for factors in relation.spec(output) or () for factor in factors} for output in outputs]
+    # Free dimensions are pinned too, for they cannot shrink.
+    pinned = {factor for factor in relation.pinned & read if relation.sizes.get(factor) is not None}
+    if pinned or relation.links or any(factors != read for factors in made):
+        return list(unknown)
+    masks = [
+        reduce(np.logical_and, (transfer(relation, view.data(slot).known.mask, slot, output) for slot in slots))
+        for output in outputs
+    ]
+    if not any(mask.any() for mask in masks):
+        return list(unknown)
+    results = view.run(_aligned(view, relation, slots))
+    if results is None:
+        return list(unknown)
+    found = iter(zip(masks, results, strict=True))
+    return [None if operand is None else partial(*next(found)) for operand in view.outputs]
+
+
+def _aligned(view: View, relation: Relation, slots: list[int]) -> list[Array | None]:
+    """Values of the inputs, each axis at full extent where any input varies along it."""
+    values: list[Array | None] = [None] * len(view.inputs)
+    for slot in slots:
+        values[slot] = _fill_unknown(view.data(slot).known)
+    varying: set[str] = set()
+    for slot in slots:
+        for axis, factors in enumerate(relation.spec(slot) or ()):
+            value = values[slot]
+            if value is not None and value.shape[axis] > 1:
+                varying.update(factors)
+    for slot in slots:
+        value = values[slot]
+        for axis, factors in enumerate(relation.spec(slot) or ()):
+            if value is not None and value.shape[axis] == 1 and varying.intersection(factors):
+                value = along(value, axis, int(np.prod([relation.sizes[f] or 1 for f in factors], dtype=np.int64)))
+        values[slot] = value
+    return values
 
 
 def product(view: View) -> list[Known | None]:

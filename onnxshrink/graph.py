@@ -46,11 +46,15 @@ _WHOLE_BYTES = frozenset({
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One node, control flow laid flat. `version` is the opset of its domain; "" stands for the default domain."""
+    """One node, control flow laid flat. `version` is the opset of its domain; "" stands for the default domain.
+
+    `functions` are those of the model, which the node may call.
+    """
 
     index: int
     flat: FlatNode = field(repr=False)
     version: int
+    functions: tuple[onnx.FunctionProto, ...] = field(default=(), repr=False)
 
     @property
     def proto(self) -> onnx.NodeProto:
@@ -110,6 +114,8 @@ def constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.attribute) != 1:
         return None
     attribute = node.attribute[0]
+    if attribute.ref_attr_name:  # inside a function, whose caller gives it
+        return None
     if attribute.name == "value":
         tensor: onnx.TensorProto = attribute.t
         return tensor
@@ -239,6 +245,18 @@ def _type_of(value: onnx.ValueInfoProto) -> tuple[Shape | None, int]:
     return tuple(dims), tensor.elem_type
 
 
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without functions, but for those that have a rule of their own."""
+    from onnxshrink.registry import find  # rules are written in terms of this module
+
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    rules = [(f.domain, f.name, find(f.name, f.domain, versions.get(f.domain, 1))) for f in model.functions]
+    named = [(domain, name) for domain, name, rule in rules if rule is not None and rule.named]
+    if not named:
+        return onnx.inliner.inline_local_functions(model)
+    return onnx.inliner.inline_selected_functions(model, named, exclude=True)
+
+
 class Graph:
     """The main graph of a model, read-only: its nodes in order, and for each tensor its shape, type and constant.
 
@@ -255,7 +273,7 @@ class Graph:
         skeleton = make_skeleton(self.proto)
         _check_structure(skeleton)
         if self.proto.functions:
-            skeleton = onnx.inliner.inline_local_functions(skeleton)
+            skeleton = _inlined(skeleton)
         self.skeleton = skeleton
         self.flat = flatten(skeleton.graph)
         self.constants: dict[str, Constant] = {}
@@ -295,12 +313,13 @@ class Graph:
 
     def _make_nodes(self) -> list[Node]:
         nodes: list[Node] = []
+        functions = tuple(self.skeleton.functions)
         for flat in self.flat.nodes:
             proto = flat.proto
             if proto.op_type == "Constant" and proto.output[0] in self.constants:
                 continue
             version = self.opsets.get("" if proto.domain == "ai.onnx" else proto.domain, 1)
-            nodes.append(Node(len(nodes), flat, version))
+            nodes.append(Node(len(nodes), flat, version, functions))
         return nodes
 
     def refine(self, values: Mapping[str, Array], shapes: Mapping[str, Shape]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from onnxshrink.view import Fold, View
 from onnxshrink.weights import Array, BoolArray
 
 NEWEST = 10_000
+ENTRY_POINTS = "onnxshrink.rules"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,7 @@ class Rule:
         blind: per input, an axis along which one number may be added to all elements without an effect that counts.
         infinite: elements of the outputs that may be minus infinity; None: all, where an input or constant has any.
         refusal: why the operator is kept whole.
+        named: whether a model-local function of that name stays a function for this rule, and is not inlined.
     """
 
     op: str
@@ -106,6 +109,7 @@ class Rule:
     blind: Blind | None = None
     infinite: Infinite | None = None
     refusal: str | None = None
+    named: bool = False
 
     def relation(self, view: View) -> Relation:
         """The relation of one node. Raises UnresolvedError."""
@@ -120,8 +124,13 @@ _rules: dict[tuple[str, str], list[Rule]] = {}
 _loaded = False
 
 
-def register(rule: Rule) -> Rule:
-    """Add a rule. Raises RuleError when one for the same operator and opset is there already."""
+def register(rule: Rule, replace: bool = False) -> Rule:
+    """Add a rule, in the place of all others for the operator with `replace`.
+
+    Raises RuleError when one for the same operator and opset is there already.
+    """
+    if replace:
+        _rules.pop((rule.domain, rule.op), None)
     for other in _rules.setdefault((rule.domain, rule.op), []):
         if rule.since <= other.until and other.since <= rule.until:
             raise RuleError(
@@ -132,7 +141,10 @@ def register(rule: Rule) -> Rule:
 
 
 def load() -> None:
-    """Import every module of `onnxshrink.ops`, each of which registers its rules."""
+    """Import every module of `onnxshrink.ops` and those of installed packages, each of which registers its rules.
+
+    A package names its module under the entry point group `onnxshrink.rules`. Raises RuleError when one fails.
+    """
     global _loaded
     if _loaded:
         return
@@ -140,6 +152,12 @@ def load() -> None:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"onnxshrink.ops.{module.name}")
     _loaded = True
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:  # whatever the code of another package raises
+            _loaded = False
+            raise RuleError(f"entry point {entry.name!r} ({entry.value}) of {ENTRY_POINTS}: {error!r}") from error
 
 
 def find(op: str, domain: str, version: int) -> Rule | None:

@@ -195,7 +195,7 @@ class View:
 
     def run(self, inputs: Sequence[Array | None]) -> list[Array] | None:
         """The operator itself on given values; None when it cannot be run."""
-        return evaluate(self.node.proto, self.opsets, inputs)
+        return evaluate(self.node.proto, self.opsets, inputs, self.node.functions)
 
     def free_indices(self, slot: int, axis: int) -> BoolArray:
         """Indices of one axis that cost nothing where they come from."""

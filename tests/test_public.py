@@ -24,6 +24,7 @@ NAMES = [
     "ShrinkResult",
     "__version__",
     "export",
+    "rule",
     "shrink",
     "verify",
 ]

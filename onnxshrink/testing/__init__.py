@@ -8,12 +8,12 @@ Each checker takes a model (one node, or any other) and inputs, and raises `Rule
 
 `embed` makes a model out of a single node in which there is something to claim: dead slices before it and behind it.
 `check_rule` does all of this for many cases of one operator, and counts what was claimed: a rule that learns nothing
-passes every check.
+passes every check. Cases are onnx's own, or made by `make_case`.
 """
 
 from __future__ import annotations
 
-from onnxshrink.testing.cases import Case, Tally, check_rule, embed, node_cases
+from onnxshrink.testing.cases import Case, Tally, check_rule, embed, make_case, node_cases
 from onnxshrink.testing.checks import Shrinkage, check_backward, check_forward, check_shrink, parameters, shrink_model
 from onnxshrink.testing.running import Feed, InputsCannotRun, RuleViolation, compare, run
 
@@ -30,6 +30,7 @@ __all__ = [
     "check_shrink",
     "compare",
     "embed",
+    "make_case",
     "node_cases",
     "parameters",
     "run",

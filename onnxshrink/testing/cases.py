@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -82,6 +83,40 @@ def node_cases(op_type: str | None = None, domain: str = "") -> list[Case]:
     if op_type is None:
         return [case for cases in _collected().values() for case in cases]
     return list(_collected().get((domain, op_type), ()))
+
+
+def make_case(
+    node: onnx.NodeProto,
+    inputs: Feed,
+    functions: Iterable[onnx.FunctionProto] = (),
+    opsets: Mapping[str, int] = MappingProxyType({"": 17}),
+) -> Case:
+    """A case of one node, for operators that onnx has none of.
+
+    Args:
+        node: the node.
+        inputs: a value for each of its inputs, by name.
+        functions: model-local functions, such as the one that the node calls.
+        opsets: versions by domain; a domain of the node or of a function that is missing is at version 1.
+
+    Raises:
+        InputsCannotRun: onnxruntime does not run it.
+    """
+    model = onnx.ModelProto(ir_version=8)
+    model.functions.extend(functions)
+    versions = {node.domain: 1, **{function.domain: 1 for function in model.functions}, **opsets}
+    model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in versions.items())
+    model.graph.name = node.op_type
+    model.graph.node.append(node)
+    for name, array in inputs.items():
+        code = helper.np_dtype_to_tensor_dtype(array.dtype)
+        model.graph.input.append(helper.make_tensor_value_info(name, code, array.shape))
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
+    (results,) = run(model, [inputs])
+    for value, array in zip(model.graph.output, results, strict=True):
+        code = helper.np_dtype_to_tensor_dtype(array.dtype)
+        value.CopyFrom(helper.make_tensor_value_info(value.name, code, array.shape))
+    return Case(node.name or node.op_type, model, dict(inputs), results)
 
 
 def at_opset(case: Case, version: int | None = None) -> Case | None:
@@ -258,6 +293,7 @@ class _Frame:
         nodes = [*self.before, *source.graph.node, *self.after]
         graph = helper.make_graph(nodes, "framed", self.inputs, self.outputs, weights)
         model = helper.make_model(graph, opset_imports=list(source.opset_import), ir_version=source.ir_version)
+        model.functions.extend(source.functions)
         return onnx.shape_inference.infer_shapes(model)
 
 
