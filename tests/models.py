@@ -13,6 +13,7 @@ from onnxshrink.analyse import analyse
 from onnxshrink.apply import apply
 from onnxshrink.graph import Graph
 from onnxshrink.plan import Plan, make_plan
+from onnxshrink.planning.align import Alignment
 
 Array = np.ndarray[Any, Any]
 # Sums in another order: a few units in the last place of float32, relative to the range.
@@ -41,10 +42,10 @@ def shrunk(model: onnx.ModelProto) -> onnx.ModelProto:
     return shrunk_with_plan(model)[0]
 
 
-def shrunk_with_plan(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Plan]:
+def shrunk_with_plan(model: onnx.ModelProto, alignment: Alignment | None = None) -> tuple[onnx.ModelProto, Plan]:
     """The smaller model and the plan that made it."""
     analysis = analyse(Graph(model))
-    plan = make_plan(analysis)
+    plan = make_plan(analysis, alignment)
     small = apply(analysis, plan)
     if _passes_check(model):
         onnx.checker.check_model(small, full_check=True)

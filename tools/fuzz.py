@@ -56,7 +56,7 @@ def runnable(graph: Any) -> list[Any]:
     return feeds
 
 
-def check(seed: int, result: Result) -> onnx.ModelProto | None:
+def check(seed: int, align: int, result: Result) -> onnx.ModelProto | None:
     """Check one graph; the model when it fails."""
     graph = make_graph(seed)
     try:
@@ -65,7 +65,7 @@ def check(seed: int, result: Result) -> onnx.ModelProto | None:
         result.invalid += 1
         return None
     try:
-        found = check_shrink(graph.model, feeds, again=False)
+        found = check_shrink(graph.model, feeds, again=False, align=align)
     except InputsCannotRun:
         result.invalid += 1
         return None
@@ -104,12 +104,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--graphs", type=int, default=2000, help="how many graphs (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first graph; the others follow (default 0)")
     parser.add_argument("--folder", type=Path, default=Path("fuzz-failures"), help="where failing models are saved")
+    parser.add_argument("--align", type=int, default=1, help="multiple that widths are raised to (default 1: none)")
     parser.add_argument("--smoke", action="store_true", help="30 graphs only")
     options = parser.parse_args(argv)
     warnings.simplefilter("error")
     result, start = Result(), time.perf_counter()
     for seed in range(options.seed, options.seed + (30 if options.smoke else options.graphs)):
-        model = check(seed, result)
+        model = check(seed, options.align, result)
         if model is not None:
             options.folder.mkdir(parents=True, exist_ok=True)
             onnx.save(model, str(options.folder / f"{seed}.onnx"))

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxshrink.analyse import Analysis
-from onnxshrink.graph import Node
-from onnxshrink.notation import AxisSpec, Relation
 from onnxshrink.planning.agreement import level
-from onnxshrink.planning.data import Cause
+from onnxshrink.planning.data import Cause, Plan
 from onnxshrink.planning.planner import Planner
+from onnxshrink.planning.widths import Axis, Width, find_widths
 from onnxshrink.weights import BoolArray, any_along
 
-Axis = tuple[str, int]  # a tensor and one of its axes
 Journal = list[tuple[str, int, BoolArray] | str]
 Words = Callable[[int, int], str]  # why a width is raised, from the widths before and after
 
@@ -56,109 +54,6 @@ class Alignment:
         return f"a width of {after}, a multiple of {self.of(key)}, instead of {before}"
 
 
-@dataclass(frozen=True)
-class Width:
-    """A channel axis of a weight, seen at the computed tensor that it reads or writes.
-
-    Attributes:
-        node: the node with the weight.
-        tensor, axis: the axis.
-        key: first axis of the class of axes that lose the same indices.
-        reads: whether the weight is summed over this axis.
-        ragged: factor whose groups the axis consists of, if any.
-    """
-
-    node: Node
-    tensor: str
-    axis: int
-    key: Axis
-    reads: bool
-    ragged: str | None = None
-
-
-def find_widths(analysis: Analysis) -> list[Width]:
-    """Every channel axis of a constant weight that sums over some of its axes, narrow axes first.
-
-    Joined axes are wider than the parts that they are made of, and come out as the sum of these.
-    """
-    coupled = _Coupled(analysis)
-    found = []
-    for node in analysis.nodes():
-        relation = analysis.relations[node.index]
-        if analysis.rules[node.index] is not None:
-            found += [
-                Width(node, name, axis, coupled.key((name, axis)), reads, ragged)
-                for name, axis, reads, ragged in _channel_axes(analysis, node, relation)
-            ]
-    return sorted(found, key=lambda width: _extent(analysis, width.tensor, width.axis))
-
-
-def _extent(analysis: Analysis, name: str, axis: int) -> int:
-    extent = (analysis.shape(name) or ())[axis]
-    return extent if isinstance(extent, int) else 0
-
-
-def _channel_axes(analysis: Analysis, node: Node, relation: Relation) -> list[tuple[str, int, bool, str | None]]:
-    written = {f for spec in relation.outputs for factors in spec or () for f in factors}
-    weights = [
-        {f for factors in spec for f in factors}
-        for slot, spec in enumerate(relation.inputs)
-        if spec is not None and len(spec) > 1 and node.inputs[slot] in analysis.constants
-    ]
-    channels = set().union(*(factors for factors in weights if factors - written))
-    found = []
-    for slot, spec in relation.slots():
-        name = node.inputs[slot] if slot >= 0 else node.outputs[-1 - slot]
-        for axis, factors in enumerate(spec):
-            if (
-                name
-                and name not in analysis.constants
-                and _is_channel(analysis, relation, name, axis, factors, channels)
-            ):
-                ragged = factors[0] if factors[0] in relation.ragged else None
-                found.append((name, axis, slot >= 0, ragged))
-    return found
-
-
-def _is_channel(
-    analysis: Analysis, relation: Relation, name: str, axis: int, factors: AxisSpec, channels: set[str]
-) -> bool:
-    extent = (analysis.shape(name) or ())[axis]
-    if not factors or not isinstance(extent, int) or relation.pinned.intersection(factors):
-        return False
-    return channels.issuperset(factors) and not any(f in relation.links for f in factors)
-
-
-class _Coupled:
-    """Axes that lose the same indices, by union and find."""
-
-    def __init__(self, analysis: Analysis) -> None:
-        self.above: dict[Axis, Axis] = {}
-        for node in analysis.nodes():
-            relation = analysis.relations[node.index]
-            together: defaultdict[str, list[Axis]] = defaultdict(list)
-            for slot, spec in relation.slots():
-                name = node.inputs[slot] if slot >= 0 else node.outputs[-1 - slot]
-                for axis, factors in enumerate(spec):
-                    if factors and (len(factors) == 1 or factors[0] in relation.ragged) and name:
-                        together[factors[0]].append((name, axis))
-            for factor, axes in together.items():
-                if factor not in relation.links:
-                    for axis_ in axes[1:]:
-                        self._join(axes[0], axis_)
-
-    def key(self, axis: Axis) -> Axis:
-        """The first axis of the class."""
-        while axis in self.above:
-            axis = self.above[axis]
-        return axis
-
-    def _join(self, one: Axis, other: Axis) -> None:
-        a, b = self.key(one), self.key(other)
-        if a != b:
-            self.above[b] = a
-
-
 class Aligner(Planner):
     """A planner that raises widths once nothing else grows.
 
@@ -170,7 +65,7 @@ class Aligner(Planner):
         super().__init__(analysis, apart)
         self.alignment = alignment
         self.widths = find_widths(analysis)
-        self.refused: dict[Axis, str] = {}
+        self.refused: dict[Width, str] = {}
         self._by_axis: defaultdict[Axis, list[Width]] = defaultdict(list)
         for width in self.widths:
             self._by_axis[width.tensor, width.axis].append(width)
@@ -183,8 +78,18 @@ class Aligner(Planner):
     def settle(self) -> bool:
         return super().settle() or self._align()
 
+    def finish(self) -> Plan:
+        plan = super().finish()
+        told: set[Axis] = set()
+        for width in self.widths:
+            reason = self.refused.get(width)
+            if reason is not None and width.key not in told:
+                told.add(width.key)
+                plan.unaligned.append(Cause(width.node.label, width.tensor, reason))
+        return plan
+
     def _align(self) -> bool:
-        raised = [self._raise(width) for width in self.widths if (width.tensor, width.axis) not in self.refused]
+        raised = [self._raise(width) for width in self.widths if width not in self.refused]
         return any(raised)
 
     def _mask(self, width: Width) -> BoolArray | None:
@@ -238,6 +143,11 @@ class Aligner(Planner):
         wanted = self._wanted(width, kept)
         return wanted is not None and bool((wanted == kept).all())
 
+    def _is_round(self, width: Width) -> bool:
+        """Whether a width that was raised came out as it was asked for, and not as more."""
+        kept = self.kept[width.tensor][width.axis]
+        return self._is_aligned(width) and kept is not None and int(kept.sum()) % self.alignment.of(width.key) == 0
+
     def _spoils(self, width: Width, grown: Journal) -> bool:
         """Whether a growth leaves a width odd that was not."""
         new: dict[Axis, BoolArray] = {}
@@ -255,10 +165,9 @@ class Aligner(Planner):
         if kept is None:
             return False
         before, wanted = int(kept.sum()), self._wanted(width, kept)
-        axis = (width.tensor, width.axis)
         if wanted is None:
-            self.refused[axis] = (
-                f"{before} of {kept.size} channels: no more multiples of {self.alignment.of(width.key)}"
+            self.refused[width] = (
+                f"{before} of {kept.size} channels: no multiple of {self.alignment.of(width.key)} in between"
             )
             return False
         if (wanted & ~kept).any():
@@ -272,10 +181,10 @@ class Aligner(Planner):
         self._add(width.tensor, width.axis, wanted, cause)
         self.grow()
         grown, self.journal = self.journal, None
-        if width.key in self.alignment.whole or (self._is_aligned(width) and not self._spoils(width, grown)):
+        if width.key in self.alignment.whole or (self._is_round(width) and not self._spoils(width, grown)):
             return True
         self.undo(grown)
-        self.refused[width.tensor, width.axis] = "what it is coupled with grows by another number"
+        self.refused[width] = "what it is coupled with grows by another number"
         return False
 
 

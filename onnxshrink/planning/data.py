@@ -37,6 +37,7 @@ class Plan:
         constants: per node index, per constant (or frozen) input, per axis, a mask of what this use keeps.
         causes: every cause, referred to by number.
         cause: per tensor, per axis, the number of the cause of each index; -1: does not stay.
+        unaligned: widths that could not be raised to the multiple asked for: the node, the tensor, and the reason.
     """
 
     kept: dict[str, Kept]
@@ -48,6 +49,7 @@ class Plan:
     blocks: dict[int, int] = field(default_factory=dict)
     causes: list[Cause] = field(default_factory=list)
     cause: dict[str, list[Array | None]] = field(default_factory=dict)
+    unaligned: list[Cause] = field(default_factory=list)
 
     def shrinks(self, name: str) -> bool:
         """Whether a tensor that stays loses indices."""

@@ -14,6 +14,7 @@ from onnxshrink.analyse import Analysis, analyse
 from onnxshrink.apply import apply
 from onnxshrink.graph import Graph
 from onnxshrink.plan import Plan, make_plan
+from onnxshrink.planning.align import Alignment
 from onnxshrink.testing.running import (
     Feed,
     InputsCannotRun,
@@ -211,10 +212,10 @@ def _noise_node(
 # --- shrink -----------------------------------------------------------------------------------------------------
 
 
-def shrink_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Plan]:
-    """The smaller model and its plan, unverified."""
+def shrink_model(model: onnx.ModelProto, align: int = 1) -> tuple[onnx.ModelProto, Plan]:
+    """The smaller model and its plan, unverified; widths are multiples of `align` where they can be."""
     analysis = analyse(Graph(model))
-    plan = make_plan(analysis)
+    plan = make_plan(analysis, Alignment(align) if align > 1 else None)
     return apply(analysis, plan), plan
 
 
@@ -233,6 +234,7 @@ def check_shrink(
     fixed: Iterable[str] = (),
     of: Collection[str] | None = None,
     again: bool = True,
+    align: int = 1,
 ) -> Shrinkage:
     """The smaller model is valid, has the same interface, is not larger, and gives the same outputs.
 
@@ -242,6 +244,7 @@ def check_shrink(
         fixed: inputs that become constants.
         of: tensors whose indices are counted.
         again: shrink the result once more and raise if that makes it smaller; else it is only told.
+        align: multiple that widths are raised to.
 
     Raises:
         RuleViolation: any of this does not hold.
@@ -252,14 +255,14 @@ def check_shrink(
     expected = run(model, feeds)
     if not all(np.isfinite(value).all() for values in expected for value in values if is_floating(value)):
         raise InputsCannotRun("the outputs are not finite")
-    small, plan = shrink_model(model)
+    small, plan = shrink_model(model, align)
     _check_form(model, small)
     _check_outputs(model, small, feeds, expected)
     if parameters(small) > parameters(model):
         # As `shrink` does: what would grow stays as it is.
         return Shrinkage(parameters(model), parameters(model))
     result = Shrinkage(parameters(model), parameters(small), _indices(plan, of))
-    twice = parameters(shrink_model(small)[0])
+    twice = parameters(shrink_model(small, align)[0])
     if again and twice < result.after:
         raise RuleViolation(f"{result.before} parameters shrink to {result.after}, and those to {twice}")
     return replace(result, unfinished=twice < result.after)
