@@ -89,7 +89,12 @@ class Node:
     @cached_property
     def label(self) -> str:
         """What messages call the node: its name, or its operator and first output."""
-        return self.proto.name or f"{self.op}({self.outputs[0] if self.outputs else self.index})"
+        return label_of(self.proto, self.index)
+
+
+def label_of(node: onnx.NodeProto, index: int = 0) -> str:
+    """What messages call a node."""
+    return node.name or f"{node.op_type}({node.output[0] if node.output else index})"
 
 
 def copy_fields(source: Message, target: Message, leave: frozenset[str]) -> None:

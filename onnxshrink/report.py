@@ -15,6 +15,7 @@ from onnxshrink.analyse import Analysis
 from onnxshrink.graph import Graph, Node
 from onnxshrink.measure import Size
 from onnxshrink.plan import INTERFACE, LIVE, Cause, Kept, Plan
+from onnxshrink.speed.latency import Latency
 from onnxshrink.verify import Equivalence
 from onnxshrink.weights import BoolArray
 
@@ -52,6 +53,15 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Unaligned:
+    """A width that could not be raised to the multiple asked for: one node that has it, the tensor, and why."""
+
+    node: str
+    tensor: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Cut:
     """What one axis of a tensor keeps and loses, as runs of indices: pairs of the first and the last one."""
 
@@ -81,6 +91,9 @@ class Report:
         weights: per weight, the axes that lost indices, for each node that uses it.
         gone: tensors that are no longer computed.
         note: why nothing was removed although something could be; None otherwise.
+        latency: how long a run takes before and after; None where nothing was timed.
+        untimed: why nothing was timed although that was asked for.
+        unaligned: widths that could not be raised to the multiple asked for, and why.
         zeroed: weights near zero that were set to zero first; the result is equal to the model with those zeros.
     """
 
@@ -99,6 +112,9 @@ class Report:
     weights: Mapping[str, tuple[Cut, ...]] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
     note: str | None = None
+    latency: Latency | None = None
+    untimed: str | None = None
+    unaligned: tuple[Unaligned, ...] = ()
     zeroed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,6 +174,7 @@ def make_report(
         same,
         changed=True,
         layers=tuple(_layers(analysis, result)),
+        unaligned=tuple(Unaligned(cause.node, cause.source, cause.reason) for cause in plan.unaligned),
         folded=sum(len(fold.indices) for fold in folds),
         appended=sum(fold.appends for fold in folds),
         tensors=_tensor_cuts(plan, cutter),

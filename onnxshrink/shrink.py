@@ -17,14 +17,18 @@ from onnxshrink.errors import InputError, OnnxshrinkError
 from onnxshrink.graph import Graph, ModelLike, load_proto, make_skeleton
 from onnxshrink.masks import MaskTree, apply_masks, load_masks, zero_near
 from onnxshrink.plan import Plan, make_plan
+from onnxshrink.planning.align import Alignment, check_align
 from onnxshrink.report import Report, make_report
 from onnxshrink.runtime import LoadError
+from onnxshrink.speed.latency import Latency
 from onnxshrink.verify import Equivalence, OutputsDiffer, amplification
 from onnxshrink.verify import verify as compare
 from onnxshrink.version import __version__
 from onnxshrink.weights import Array, read_tensor
 
 PathLike = str | os.PathLike[str]
+# Models with more weights are not timed: several forms are in memory at once.
+_TIMED_BYTES = 1 << 30
 # An error counts as rounding that the model amplifies when it is within so many times what the rounding of the inputs
 # alone does to the outputs: every layer rounds too, and its sums are taken in another order.
 _AMPLIFIED = 30.0
@@ -87,7 +91,8 @@ def shrink(
     inputs: Mapping[str, Array] | None = None,
     samples: int = 2,
     seed: int = 0,
-    align: str = "none",
+    align: str | int = "auto",
+    timing: bool = True,
     zero_tolerance: float = 0.0,
     report: PathLike | None = None,
     progress: Callable[[str], None] | None = None,
@@ -107,7 +112,9 @@ def shrink(
         inputs: input arrays by name for that comparison; missing ones are drawn at random.
         samples: how many sets of random inputs are drawn.
         seed: of the random inputs.
-        align: "none": the fewest parameters.
+        align: how wide the layers become. "none": the fewest parameters. A number: multiples of it, where the original
+            has the channels. "auto": what is fastest in onnxruntime on this machine, and not slower than the input.
+        timing: with "auto", run the forms that may be the fastest; without, a cost model decides alone.
         zero_tolerance: weights up to this magnitude count as zero. Lossy when not 0: the result is compared with the
             model that has zeros in their place, and the report says how many they are.
         report: JSON file to write the report to.
@@ -118,30 +125,27 @@ def shrink(
         OutputsDiffer: the two models do not compute the same; nothing is written.
     """
     step = progress or (lambda name: None)
-    if align != "none":
-        raise InputError(f"align {align!r} is not known; 'none' is")
+    check_align(align)
     _check_targets(model, masks, output, report)
     step("reading")
     source, zeroed = _zeroed(_load(model, masks), zero_tolerance)
     step("analysing")
     analysis = analyse(source.graph)
-    plan = make_plan(analysis)
     step("cutting")
-    small = _carry_out(analysis, plan)
-    equivalence, note = None, None
+    form = _choose(source, analysis, align, timing, inputs or {}, seed)
+    small, equivalence, note = _checked(form, analysis), None, form.note
     if small is not None and verify:
         step("comparing")
         try:
-            equivalence = _verify(source, small, plan, inputs, samples, seed)
+            equivalence = _verify(source, small, form.plan, inputs, samples, seed)
         except OutputsDiffer as error:
             note = _excuse(source, error, inputs, samples, seed)
             if note is None:
                 raise
             small = None
     final = _whole(source, masks is not None or zeroed > 0) if small is None else small.proto
-    result = ShrinkResult(
-        final, _report(source, analysis, plan, small, equivalence, note, zeroed), plan, source.external, source.files
-    )
+    told = _report(source, analysis, form, small, equivalence, note, zeroed)
+    result = ShrinkResult(final, told, form.plan, source.external, source.files)
     step("writing")
     if output is not None:
         result.save(output)
@@ -232,14 +236,50 @@ def _nbytes(model: onnx.ModelProto) -> int:
 # --- what goes out -------------------------------------------------------------------------------------------------
 
 
-def _carry_out(analysis: Analysis, plan: Plan) -> Graph | None:
-    """The smaller model, None when the plan does not make it smaller. Raises OnnxshrinkError if it is invalid."""
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """What is to be written: the plan, its model (None: the model as it came in), how fast it is, what to tell."""
+
+    plan: Plan
+    model: onnx.ModelProto | None
+    latency: Latency | None = None
+    note: str | None = None
+    untimed: str | None = None
+
+
+def _choose(
+    source: _Source, analysis: Analysis, align: str | int, timing: bool, inputs: Mapping[str, Array], seed: int
+) -> _Form:
+    plan = make_plan(analysis, Alignment(align) if isinstance(align, int) else None)
+    model = _carry_out(analysis, plan)
+    if align != "auto" or model is None:
+        return _Form(plan, model)
+    from onnxshrink.speed.auto import choose
+
+    def carry_out(other: Plan) -> onnx.ModelProto | None:
+        return model if other is plan else _carry_out(analysis, other)
+
+    fits = source.nbytes <= _TIMED_BYTES
+    found = choose(source.model, analysis, plan, carry_out, timing=timing and fits, inputs=inputs, seed=seed)
+    if found.plan is None:
+        return _Form(plan, None, None, found.note)
+    untimed = "the model is too large to hold several forms of it" if timing and not fits else found.note
+    return _Form(found.plan, carry_out(found.plan), found.latency, None, untimed)
+
+
+def _carry_out(analysis: Analysis, plan: Plan) -> onnx.ModelProto | None:
+    """The smaller model, None when the plan does not make it smaller."""
     model = apply(analysis, plan)
-    if not _is_smaller(analysis, plan, model):
+    return model if _is_smaller(analysis, plan, model) else None
+
+
+def _checked(form: _Form, analysis: Analysis) -> Graph | None:
+    """The smaller model, if there is one. Raises OnnxshrinkError if it is invalid."""
+    if form.model is None:
         return None
     try:
-        _check(model, analysis.graph)
-        return Graph(model)
+        _check(form.model, analysis.graph)
+        return Graph(form.model)
     except (InputError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
         raise OnnxshrinkError(f"the result would not be a valid model (a fault of onnxshrink): {reason}") from error
@@ -310,7 +350,7 @@ def _excuse(
 def _report(
     source: _Source,
     analysis: Analysis,
-    plan: Plan,
+    form: _Form,
     small: Graph | None,
     equivalence: Equivalence | None,
     note: str | None,
@@ -319,8 +359,8 @@ def _report(
     graph = source.graph
     before, fixed = _size(graph, source.nbytes)
     after = before if small is None else _size(small, _nbytes(small.proto))[0]
-    made = make_report(__version__, (before, after), fixed, analysis, plan, small, equivalence, note)
-    return replace(made, zeroed=zeroed)
+    made = make_report(__version__, (before, after), fixed, analysis, form.plan, small, equivalence, note)
+    return replace(made, zeroed=zeroed, latency=form.latency if small is not None else None, untimed=form.untimed)
 
 
 def _size(graph: Graph, nbytes: int) -> tuple[measure.Size, bool]:

@@ -12,10 +12,17 @@ from rich.text import Text
 
 from onnxshrink.measure import Size
 from onnxshrink.report import Layer, Report
+from onnxshrink.speed.latency import Latency
 from onnxshrink.verify import Equivalence
 
 _MOST_LAYERS = 24
 _MOST_STAYS = 5
+_WIDTHS = {
+    "none": "with the fewest parameters",
+    "mixed": "with widths that suit each layer",
+    **{str(n): f"with widths that are multiples of {n}" for n in (4, 8, 16)},
+    "1": "with a constant channel kept where one would be added",
+}
 _ROWS = ("parameters", "bytes", "multiply-adds", "nodes")
 
 
@@ -31,7 +38,8 @@ def print_report(console: Console, report: Report, verified: bool) -> None:
         console.print(_sizes(report.before, report.after))
         if not report.fixed:
             _line(console, "multiply-adds count free dimensions as 1", indent=1)
-        _print_layers(console, report.layers)
+        _print_layers(console, report.layers, report.latency)
+        _print_latency(console, report)
         _print_equivalence(console, report.equivalence, verified)
         _print_folds(console, report)
     _print_stays(console, report)
@@ -98,18 +106,44 @@ def _saved(layer: Layer) -> int:
     return before - after
 
 
-def _print_layers(console: Console, layers: Sequence[Layer]) -> None:
+def _print_layers(console: Console, layers: Sequence[Layer], latency: Latency | None) -> None:
     if not layers:
         return
     largest = sorted(layers, key=_saved, reverse=True)[:_MOST_LAYERS]
-    table = _table("node", "weight", "before", "after", names=2)
+    timed = latency is not None and bool(latency.nodes)
+    table = _table("node", "weight", "before", "after", *(["µs"] if timed else []), names=2)
     for layer in layers:
         if layer in largest:  # in graph order
-            table.add_row(layer.node, layer.weight, _shape(layer.before), _shape(layer.after))
+            times = latency.nodes.get(layer.node, ()) if latency is not None else ()
+            cell = " > ".join(f"{1e6 * seconds:,.0f}" for seconds in times)
+            cells = (layer.node, layer.weight, _shape(layer.before), _shape(layer.after), cell)
+            table.add_row(*cells[: len(table.columns)])
     console.print()
     console.print(table)
     if len(layers) > len(largest):
         _line(console, f"and {len(layers) - len(largest)} layers that lost less (--report FILE.json lists all)", 1)
+
+
+def _print_latency(console: Console, report: Report) -> None:
+    found = report.latency
+    if found is None:
+        if report.untimed:
+            console.print()
+            _line(console, f"Not timed: {report.untimed}.")
+        return
+    console.print()
+    _line(
+        console,
+        f"One run takes {_milliseconds(found.after)} instead of {_milliseconds(found.before)}: {found.ratio:.2f} of "
+        f"the time (between {found.low:.2f} and {found.high:.2f} at 95 %), {_WIDTHS.get(found.align, '')}.",
+    )
+    others = [f"{_milliseconds(seconds)} {name}" for name, seconds in found.tried.items() if name != found.align]
+    if others:
+        _line(console, f"Other widths: {', '.join(others)}.", indent=2)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
 
 
 def _print_equivalence(console: Console, equivalence: Equivalence | None, verified: bool) -> None:
@@ -143,6 +177,13 @@ def _print_stays(console: Console, report: Report) -> None:
         rest = report.stays[_MOST_STAYS:]
         if rest:
             _line(console, f"{sum(stay.channels for stay in rest):,} for {_count(len(rest), 'other reason')}", indent=2)
+    if report.unaligned:
+        console.print()
+        _line(console, "Widths that could not be raised:")
+        for width in report.unaligned[:_MOST_STAYS]:
+            _line(console, f"{width.node}: {width.reason}", indent=2)
+        if len(report.unaligned) > _MOST_STAYS:
+            _line(console, f"and {len(report.unaligned) - _MOST_STAYS} more (--report FILE.json lists all)", indent=2)
     if report.refusals:
         console.print()
         _line(console, "Operators kept whole:")

@@ -266,7 +266,8 @@ def test_data_that_the_input_needs_is_not_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"align": "auto"}, "align 'auto'"),
+        ({"align": "most"}, "align 'most'"),
+        ({"align": 0}, "align 0"),
         ({"output": "no/such/folder/out.onnx"}, r"output no/such/folder/out.onnx: the folder .* does not exist"),
         ({"report": "no/such/folder/out.json"}, "report no/such/folder/out.json: the folder"),
         ({"output": "."}, "is a folder"),

@@ -19,13 +19,26 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="FILE.json", help="write what was removed, what stayed and why")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the outputs of both models")
     parser.add_argument(
-        "--align", choices=["none"], default="none", help="none: the fewest parameters (the default, and all there is)"
+        "--align",
+        metavar="none|auto|N",
+        type=_align,
+        default="auto",
+        help="widths: the fewest parameters, what runs fastest here (the default), or multiples of N",
     )
+    parser.add_argument("--no-timing", action="store_true", help="choose the fastest form by a cost model alone")
     parser.add_argument(
         "--zero-tolerance", metavar="T", type=float, default=0.0, help="weights up to T count as zero (0); lossy"
     )
     add_inputs(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing unless something is wrong")
+
+
+def _align(text: str) -> str | int:
+    if text in ("none", "auto"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be none, auto, or a number from 1, not {text!r}")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             inputs=inputs,
             seed=arguments.seed,
             align=arguments.align,
+            timing=not arguments.no_timing,
             zero_tolerance=arguments.zero_tolerance,
             report=arguments.report,
             progress=step,

@@ -177,6 +177,11 @@ class Agreement(Sets):
             used = np.any([grid.any(axis=1) for _, _, grid in grids], axis=0)
             for name, axis, grid in grids:
                 wanted = level(grid, used, max(1, int(grid.sum(axis=1).max())))
+                unused = ~any_along(grid, 1)
+                for other, _, theirs in grids:
+                    if other != name:
+                        rows = unused & any_along(theirs, 1)
+                        self._add(name, axis, (wanted & rows[:, None]).reshape(-1), _cause(node, other, name))
                 reason = "every group of a grouped operator keeps equally many"
                 self._add(name, axis, wanted.reshape(-1), Cause(node.label, name, reason))
 

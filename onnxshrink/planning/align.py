@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxshrink.analyse import Analysis
+from onnxshrink.errors import InputError
 from onnxshrink.planning.agreement import level
 from onnxshrink.planning.data import Cause, Plan
 from onnxshrink.planning.planner import Planner
@@ -52,6 +53,15 @@ class Alignment:
         if key in self.words:
             return self.words[key](before, after)
         return f"a width of {after}, a multiple of {self.of(key)}, instead of {before}"
+
+
+def check_align(align: str | int) -> None:
+    """Raises InputError for what is no way to choose widths."""
+    number = isinstance(align, int) and not isinstance(align, bool)
+    if align not in ("none", "auto") and not (number and int(align) >= 1):
+        raise InputError(
+            f"align {align!r} is not known; it is 'none', 'auto', or the number that widths are multiples of"
+        )
 
 
 class Aligner(Planner):

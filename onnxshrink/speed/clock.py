@@ -34,6 +34,9 @@ def best_seconds(models: Sequence[onnx.ModelProto], rounds: int) -> list[float]:
     return best
 
 
+_PATIENCE = 5
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How long one takes by how long another takes: the median over rounds, and a 95 % interval of it."""
@@ -48,7 +51,7 @@ def race(runs: Sequence[Callable[[], object]], budget: float, least: int = 5, mo
 
     Args:
         runs: what is timed; each is called twice beforehand.
-        budget: seconds; `least` rounds are run all the same, unless one round alone takes longer than that.
+        budget: seconds; `least` rounds are run all the same, unless that takes five times as long.
         least, most: bounds on the number of rounds.
 
     Returns:
@@ -69,7 +72,7 @@ def race(runs: Sequence[Callable[[], object]], budget: float, least: int = 5, mo
         rounds.append(row)
         order.reverse()
         elapsed = time.perf_counter() - start
-        if elapsed > budget and (len(rounds) >= least or elapsed > least * budget):
+        if elapsed > budget and (len(rounds) >= least or elapsed > _PATIENCE * budget):
             break
     return np.array(rounds)
 

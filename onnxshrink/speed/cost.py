@@ -52,7 +52,7 @@ class Work:
 
 def works(analysis: Analysis) -> list[Work]:
     """The work of every node."""
-    return [work for node in analysis.nodes() if (work := _work(analysis, node)) is not None]
+    return [work for node in analysis.nodes() for work in _works_of(analysis, node)]
 
 
 def extents(analysis: Analysis, plan: Plan) -> Extent:
@@ -98,48 +98,57 @@ def planned(analysis: Analysis, found: Iterable[Work], kernels: Kernels, plan: P
     return seconds
 
 
-def _work(analysis: Analysis, node: Node) -> Work | None:
+def _works_of(analysis: Analysis, node: Node) -> list[Work]:
     shapes = [analysis.shape(name) for name in (*node.inputs, *node.outputs) if name]
-    if any(shape is None for shape in shapes) or not node.outputs or not node.outputs[0]:
-        return None
-    if node.domain or node.op not in _WORKS:
-        return _elementwise(analysis, node)
-    return _WORKS[node.op](analysis, node)
-
-
-def _elementwise(analysis: Analysis, node: Node) -> Work | None:
-    if node.op in _FREE_OF_CHARGE:
-        return None
-    return Work(node, "", 1, _axes(analysis, node.outputs[0]))
+    if any(shape is None for shape in shapes) or not any(node.outputs) or node.op in _FREE_OF_CHARGE:
+        return []
+    if not node.domain and node.op in _WORKS:
+        return _WORKS[node.op](analysis, node)
+    return [Work(node, "", 1, _axes(analysis, next(filter(None, node.outputs))))]
 
 
 def _axes(analysis: Analysis, name: str) -> tuple[Axis, ...]:
     return tuple((name, position) for position in range(analysis.rank(name)))
 
 
-def _convolution(analysis: Analysis, node: Node) -> Work:
+def _convolution(analysis: Analysis, node: Node) -> list[Work]:
     data, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
     kernel = (analysis.shape(weight) or ())[2:]
     window = int(np.prod([k if isinstance(k, int) else 1 for k in kernel]))
     groups = int(node.attributes.get("group", 1))
     channels = ((data, 1), (output, 1))
     if groups > 1 and whole(analysis, (data, 1)) == groups:
-        return Work(node, "depthwise", window, _axes(analysis, output), ((channels[1], 1),))
+        return [Work(node, "depthwise", window, _axes(analysis, output), ((channels[1], 1),))]
     kind = "pointwise" if window == 1 else "convolution"
     axes = (*_axes(analysis, output), channels[0])  # an output channel reads the inputs of one group
-    return Work(node, kind, window / groups, axes, tuple((axis, groups) for axis in channels))
+    return [Work(node, kind, window / groups, axes, tuple((axis, groups) for axis in channels))]
 
 
-def _product(analysis: Analysis, node: Node) -> Work:
+def _product(analysis: Analysis, node: Node) -> list[Work]:
     data, output = node.inputs[0], node.outputs[0]
     transposed = bool(node.attributes.get("transA", 0))
     inner = (data, analysis.rank(data) - (2 if transposed else 1))
     outer = (output, analysis.rank(output) - 1)
-    return Work(node, "product", 1, (*_axes(analysis, output), inner), ((inner, 1), (outer, 1)))
+    return [Work(node, "product", 1, (*_axes(analysis, output), inner), ((inner, 1), (outer, 1)))]
 
 
-_WORKS: dict[str, Callable[[Analysis, Node], Work]] = {
+def _recurrent(analysis: Analysis, node: Node) -> list[Work]:
+    data, weight = node.inputs[0], node.inputs[1]
+    name = next(filter(None, node.outputs))
+    unit = (name, analysis.rank(name) - 1)
+    directions, rows = (whole(analysis, (weight, axis)) for axis in (0, 1))
+    gates = directions * rows // max(1, whole(analysis, unit))
+    steps = _axes(analysis, data)[:-1]
+    inputs = [(data, analysis.rank(data) - 1), unit]
+    return [Work(node, "product", gates, (*steps, unit, inner), ((inner, 1), (unit, 1))) for inner in inputs]
+
+
+_WORKS: dict[str, Callable[[Analysis, Node], list[Work]]] = {
     "Conv": _convolution,
+    "ConvTranspose": _convolution,
     "Gemm": _product,
     "MatMul": _product,
+    "LSTM": _recurrent,
+    "GRU": _recurrent,
+    "RNN": _recurrent,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from onnxshrink.analyse import Analysis
 from onnxshrink.planning.align import Words
@@ -101,6 +101,11 @@ class Mixture:
                 if len(whole) == 1 and len(pieces) > 1:
                     parts[self._coupled.key(whole[0])] |= {self._coupled.key(axis) for axis in pieces}
         return dict(parts)
+
+    def classes(self, labels: Collection[str]) -> frozenset[Axis]:
+        """The classes that the layers of these nodes read or write, as far as they can be raised."""
+        users = {key: {work.node.label for work in some if work.kind} for key, some in self._users.items()}
+        return frozenset(key for key in self.chosen if not users[key].isdisjoint(labels))
 
     def words(self) -> dict[Axis, Words]:
         """Per class, how much faster its layers are predicted to run for being raised."""
