@@ -132,10 +132,12 @@ def _print_latency(console: Console, report: Report) -> None:
             _line(console, f"Not timed: {report.untimed}.")
         return
     console.print()
+    timing = found.timing
+    before, after = map(_milliseconds, timing.seconds)
     _line(
         console,
-        f"One run takes {_milliseconds(found.after)} instead of {_milliseconds(found.before)}: {found.ratio:.2f} of "
-        f"the time (between {found.low:.2f} and {found.high:.2f} at 95 %), {_WIDTHS.get(found.align, '')}.",
+        f"One run takes {after} instead of {before}: {timing.ratio:.2f} of the time (between {timing.low:.2f} and "
+        f"{timing.high:.2f} at 95 %), {_WIDTHS.get(found.align, 'with some layers whole')}.",
     )
     others = [f"{_milliseconds(seconds)} {name}" for name, seconds in found.tried.items() if name != found.align]
     if others:

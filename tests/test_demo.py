@@ -78,25 +78,30 @@ def test_residual_branches_do_not_agree_on_what_is_dead(weights: dict[str, np.nd
 
 
 def test_shipped_model_is_accurate(result: demo.DemoResult):
-    assert result.accuracy_before >= 0.97
+    assert result.before.accuracy >= 0.97
 
 
 def test_shrinking_changes_no_prediction(result: demo.DemoResult):
     assert result.samples == 450
     assert result.predictions_identical
-    assert result.accuracy_after == result.accuracy_before
+    assert result.smallest.accuracy == result.fastest.accuracy == result.before.accuracy
     # logits of about 10, so a few units in the last place of float32
     assert result.largest_difference < 1e-4
 
 
 def test_shrinking_makes_the_model_smaller(result: demo.DemoResult):
-    assert result.parameters_after < 0.5 * result.parameters_before
-    assert result.bytes_after < 0.5 * result.bytes_before
+    assert result.smallest.parameters < 0.5 * result.before.parameters
+    assert result.smallest.bytes < 0.5 * result.before.bytes
+
+
+def test_the_fastest_form_is_at_most_a_tenth_larger_or_the_input(result: demo.DemoResult):
+    fastest = result.fastest.parameters
+    assert result.smallest.parameters <= fastest
+    assert fastest <= 1.1 * result.smallest.parameters or fastest == result.before.parameters
 
 
 def test_latencies_are_measured(result: demo.DemoResult):
-    assert result.latency_before > 0
-    assert result.latency_ratio == result.latency_after / result.latency_before
+    assert min(figures.latency for figures in (result.before, result.smallest, result.fastest)) > 0
 
 
 def test_main_prints_the_figures(capsys: pytest.CaptureFixture[str]):

@@ -45,7 +45,7 @@ def test_the_report_is_what_the_tool_prints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert cli.main(["shrink", str(demo.model_path()), "-o", str(tmp_path / "out.onnx")]) == 0
+    assert cli.main(["shrink", str(demo.model_path()), "-o", str(tmp_path / "out.onnx"), "--align", "none"]) == 0
     shown = lines(README)
     # How much the outputs differ depends on the machine.
     printed = [line for line in lines(capsys.readouterr().out) if not re.search(r"e-\d\d", line)]
@@ -55,14 +55,14 @@ def test_the_report_is_what_the_tool_prints(
 
 def test_the_demo_is_what_the_tool_prints(capsys: pytest.CaptureFixture[str]) -> None:
     demo.main()
-    # Latency and the last digits of the outputs depend on the machine.
+    # Latency, what is fastest, and the last digits of the outputs depend on the machine.
     rows = [line for line in lines(capsys.readouterr().out) if "│" in line and " ms " not in line]
     assert len(rows) == 3
     assert [cells(row) for row in rows if cells(row) not in [cells(line) for line in lines(README)]] == []
 
 
 def cells(row: str) -> list[str]:
-    return [cell.strip() for cell in row.strip("│").split("│")]
+    return [cell.strip() for cell in row.strip("│").split("│")][:3]
 
 
 def options(text: str) -> set[str]:

@@ -33,6 +33,7 @@ class Work:
         factor: multiply-adds (or elements) are this times the extents of `axes`.
         axes: the axes that the work grows with.
         widths: the axes whose widths decide how well the kernel runs, with what each is divided by (a group count).
+        window: the weights of the node are this times the extents of the `widths`; 0: it has none.
     """
 
     node: Node
@@ -40,6 +41,11 @@ class Work:
     factor: float
     axes: tuple[Axis, ...]
     widths: tuple[tuple[Axis, int], ...] = ()
+    window: float = 0.0
+
+    def parameters(self, extent: Extent) -> float:
+        """Elements of the weights."""
+        return self.window * math.prod(extent(axis) for axis, _ in self.widths)
 
     def seconds(self, kernels: Kernels, extent: Extent) -> float:
         """Time of one run, given the extent of every axis."""
@@ -118,10 +124,10 @@ def _convolution(analysis: Analysis, node: Node) -> list[Work]:
     groups = int(node.attributes.get("group", 1))
     channels = ((data, 1), (output, 1))
     if groups > 1 and whole(analysis, (data, 1)) == groups:
-        return [Work(node, "depthwise", window, _axes(analysis, output), ((channels[1], 1),))]
+        return [Work(node, "depthwise", window, _axes(analysis, output), ((channels[1], 1),), window)]
     kind = "pointwise" if window == 1 else "convolution"
     axes = (*_axes(analysis, output), channels[0])  # an output channel reads the inputs of one group
-    return [Work(node, kind, window / groups, axes, tuple((axis, groups) for axis in channels))]
+    return [Work(node, kind, window / groups, axes, tuple((axis, groups) for axis in channels), window / groups)]
 
 
 def _product(analysis: Analysis, node: Node) -> list[Work]:
@@ -129,7 +135,8 @@ def _product(analysis: Analysis, node: Node) -> list[Work]:
     transposed = bool(node.attributes.get("transA", 0))
     inner = (data, analysis.rank(data) - (2 if transposed else 1))
     outer = (output, analysis.rank(output) - 1)
-    return [Work(node, "product", 1, (*_axes(analysis, output), inner), ((inner, 1), (outer, 1)))]
+    weights = int(any(name in analysis.constants for name in node.inputs[:2]))
+    return [Work(node, "product", 1, (*_axes(analysis, output), inner), ((inner, 1), (outer, 1)), weights)]
 
 
 def _recurrent(analysis: Analysis, node: Node) -> list[Work]:
@@ -140,7 +147,7 @@ def _recurrent(analysis: Analysis, node: Node) -> list[Work]:
     gates = directions * rows // max(1, whole(analysis, unit))
     steps = _axes(analysis, data)[:-1]
     inputs = [(data, analysis.rank(data) - 1), unit]
-    return [Work(node, "product", gates, (*steps, unit, inner), ((inner, 1), (unit, 1))) for inner in inputs]
+    return [Work(node, "product", gates, (*steps, unit, inner), ((inner, 1), (unit, 1)), gates) for inner in inputs]
 
 
 _WORKS: dict[str, Callable[[Analysis, Node], list[Work]]] = {

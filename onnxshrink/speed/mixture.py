@@ -35,9 +35,10 @@ class Mixture:
         self._extents = {multiple: extents(analysis, plan) for multiple, plan in plans.items()}
         self._kernels = kernels
         self._parts = self._joined(analysis)
+        self._works = list(works)
         self._users: defaultdict[Axis, list[Work]] = defaultdict(list)
         self.chosen: dict[Axis, int] = {}
-        for work in works:
+        for work in self._works:
             keys = {key for axis in work.axes for key in self._sources(axis)}
             for key in keys:
                 self._users[key].append(work)
@@ -45,15 +46,58 @@ class Mixture:
             if len({extent(key) for extent in self._extents.values()}) > 1:
                 self.chosen[key] = MULTIPLES[0]
 
-    def choose(self) -> dict[Axis, int]:
-        """Settle every class in turn on what makes its layers fastest, until nothing changes."""
+    def choose(self, most: float) -> dict[Axis, int]:
+        """Settle every class in turn on what makes its layers fastest, until nothing changes.
+
+        Args:
+            most: weights that may be left, by those with every width as it falls.
+        """
+        allowed = most * self._parameters()
         for _ in range(_SWEEPS):
             before = dict(self.chosen)
             for key in self.chosen:
                 self._choose(key)
             if self.chosen == before:
                 break
+        self._economise(allowed)
         return {key: multiple for key, multiple in self.chosen.items() if multiple > 1}
+
+    def _parameters(self) -> float:
+        return sum(work.parameters(self._extent) for work in self._works)
+
+    def _economise(self, allowed: float) -> None:
+        """Step down where that costs the least time per weight saved, until few enough are left."""
+        excess = self._parameters() - allowed
+        while excess > 0:
+            steps = sorted(step for key in self.chosen if (step := self._step_down(key)) is not None)
+            if not steps:
+                return
+            for _, saved, key, multiple in steps:
+                self.chosen[key] = multiple
+                excess -= saved
+                if excess <= 0:
+                    break
+            excess = self._parameters() - allowed
+
+    def _step_down(self, key: Axis) -> tuple[float, float, Axis, int] | None:
+        """Seconds lost per weight saved by the next smaller multiple, weights saved, the class and the multiple."""
+        before = self.chosen[key]
+        if before == MULTIPLES[0]:
+            return None
+        found = None
+        for multiple in reversed(MULTIPLES[: MULTIPLES.index(before)]):
+            figures = [(self._seconds(key), self._weights(key))]
+            self.chosen[key] = multiple
+            figures.append((self._seconds(key), self._weights(key)))
+            self.chosen[key] = before
+            (fast, large), (slow, small) = figures
+            if small < large:
+                found = ((slow - fast) / (large - small), large - small, key, multiple)
+                break
+        return found
+
+    def _weights(self, key: Axis) -> float:
+        return sum(work.parameters(self._extent) for work in self._users[key])
 
     def _choose(self, key: Axis) -> None:
         costs = {}
