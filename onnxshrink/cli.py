@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
-from onnxshrink.commands import demo, shrink, verify
+from onnxshrink.commands import bench, demo, shrink, verify
 from onnxshrink.errors import OnnxshrinkError
 from onnxshrink.version import __version__
 
@@ -26,7 +26,7 @@ class _Command(Protocol):
     def run(self, arguments: argparse.Namespace) -> int: ...
 
 
-_COMMANDS: dict[str, _Command] = {"shrink": shrink, "verify": verify, "demo": demo}
+_COMMANDS: dict[str, _Command] = {"shrink": shrink, "verify": verify, "bench": bench, "demo": demo}
 EXIT_INTERNAL = 4
 EXIT_INTERRUPTED = 130
 _EPILOG = """exit codes:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -60,6 +60,13 @@ class Model:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
+class Loadable(Protocol):
+    """What a session can be made of."""
+
+    def load(self, options: Any, exposed: Sequence[str]) -> Any:
+        """An onnxruntime session whose outputs also are the tensors named in `exposed`."""
+
+
 class Session:
     """A silent onnxruntime session, single-threaded (so repeatable) unless told otherwise; raises RunError.
 
@@ -74,7 +81,7 @@ class Session:
 
     def __init__(
         self,
-        model: Model,
+        model: Loadable,
         optimised: bool = True,
         exposed: Sequence[str] = (),
         *,

@@ -29,15 +29,15 @@ _ROWS = ("parameters", "bytes", "multiply-adds", "nodes")
 def print_report(console: Console, report: Report, verified: bool) -> None:
     """The report of one model, in at most a few screens."""
     if report.zeroed:
-        _line(
+        line(
             console, f"{report.zeroed:,} weights near zero were set to zero: the input's function is not kept exactly."
         )
     if not report.changed:
-        _line(console, f"Nothing removed: {report.note or 'no channel can go'}. The result equals the input.")
+        line(console, f"Nothing removed: {report.note or 'no channel can go'}. The result equals the input.")
     else:
         console.print(_sizes(report.before, report.after))
         if not report.fixed:
-            _line(console, "multiply-adds count free dimensions as 1", indent=1)
+            line(console, "multiply-adds count free dimensions as 1", indent=1)
         _print_layers(console, report.layers, report.latency)
         _print_latency(console, report)
         _print_equivalence(console, report.equivalence, verified)
@@ -47,7 +47,7 @@ def print_report(console: Console, report: Report, verified: bool) -> None:
 
 def print_equivalence(console: Console, equivalence: Equivalence) -> None:
     """The figures of a comparison."""
-    table = _table("", "")
+    table = make_table("", "")
     for name, value in (
         ("largest difference, of the output's range", f"{equivalence.error:.1e}"),
         ("largest difference, absolute", f"{equivalence.absolute:.1e}"),
@@ -61,7 +61,7 @@ def print_equivalence(console: Console, equivalence: Equivalence) -> None:
     console.print(table)
 
 
-def _line(console: Console, text: str, indent: int = 0) -> None:
+def line(console: Console, text: str, indent: int = 0) -> None:
     """A paragraph, wrapped between words only: names are not broken."""
     lines = wrap(
         text,
@@ -74,7 +74,7 @@ def _line(console: Console, text: str, indent: int = 0) -> None:
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
 
-def _table(*headings: str, names: int = 1) -> Table:
+def make_table(*headings: str, names: int = 1) -> Table:
     """A table whose first columns hold names, which may be folded; the others hold numbers, which stay whole."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in headings[:names]:
@@ -85,7 +85,7 @@ def _table(*headings: str, names: int = 1) -> Table:
 
 
 def _sizes(before: Size, after: Size) -> Table:
-    table = _table("", "before", "after", "left")
+    table = make_table("", "before", "after", "left")
     for label in _ROWS:
         field = label.replace("-", "_")
         old, new = getattr(before, field), getattr(after, field)
@@ -111,7 +111,7 @@ def _print_layers(console: Console, layers: Sequence[Layer], latency: Latency | 
         return
     largest = sorted(layers, key=_saved, reverse=True)[:_MOST_LAYERS]
     timed = latency is not None and bool(latency.nodes)
-    table = _table("node", "weight", "before", "after", *(["µs"] if timed else []), names=2)
+    table = make_table("node", "weight", "before", "after", *(["µs"] if timed else []), names=2)
     for layer in layers:
         if layer in largest:  # in graph order
             times = latency.nodes.get(layer.node, ()) if latency is not None else ()
@@ -121,7 +121,7 @@ def _print_layers(console: Console, layers: Sequence[Layer], latency: Latency | 
     console.print()
     console.print(table)
     if len(layers) > len(largest):
-        _line(console, f"and {len(layers) - len(largest)} layers that lost less (--report FILE.json lists all)", 1)
+        line(console, f"and {len(layers) - len(largest)} layers that lost less (--report FILE.json lists all)", 1)
 
 
 def _print_latency(console: Console, report: Report) -> None:
@@ -129,19 +129,19 @@ def _print_latency(console: Console, report: Report) -> None:
     if found is None:
         if report.untimed:
             console.print()
-            _line(console, f"Not timed: {report.untimed}.")
+            line(console, f"Not timed: {report.untimed}.")
         return
     console.print()
     timing = found.timing
     before, after = map(_milliseconds, timing.seconds)
-    _line(
+    line(
         console,
         f"One run takes {after} instead of {before}: {timing.ratio:.2f} of the time (between {timing.low:.2f} and "
         f"{timing.high:.2f} at 95 %), {_WIDTHS.get(found.align, 'with some layers whole')}.",
     )
     others = [f"{_milliseconds(seconds)} {name}" for name, seconds in found.tried.items() if name != found.align]
     if others:
-        _line(console, f"Other widths: {', '.join(others)}.", indent=2)
+        line(console, f"Other widths: {', '.join(others)}.", indent=2)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -151,9 +151,9 @@ def _milliseconds(seconds: float) -> str:
 def _print_equivalence(console: Console, equivalence: Equivalence | None, verified: bool) -> None:
     console.print()
     if equivalence is None:
-        _line(console, "Not verified." if not verified else "Nothing to verify.")
+        line(console, "Not verified." if not verified else "Nothing to verify.")
         return
-    _line(
+    line(
         console,
         f"Verified: the outputs differ by at most {equivalence.error:.1e} of their range "
         f"(limit {equivalence.limit:.1e}; the input's own rounding noise {equivalence.noise:.1e}).",
@@ -167,29 +167,29 @@ def _count(number: int, noun: str) -> str:
 def _print_folds(console: Console, report: Report) -> None:
     if report.folded:
         carried = f", {_count(report.appended, 'channel')} of ones added to carry them" if report.appended else ""
-        _line(console, f"{_count(report.folded, 'constant channel')} folded into the layers behind{carried}.")
+        line(console, f"{_count(report.folded, 'constant channel')} folded into the layers behind{carried}.")
 
 
 def _print_stays(console: Console, report: Report) -> None:
     if report.stays:
         console.print()
-        _line(console, "Channels without effect that stay:")
+        line(console, "Channels without effect that stay:")
         for stay in report.stays[:_MOST_STAYS]:
-            _line(console, f"{stay.channels:,} for {stay.node or 'the graph'}: {stay.reason}", indent=2)
+            line(console, f"{stay.channels:,} for {stay.node or 'the graph'}: {stay.reason}", indent=2)
         rest = report.stays[_MOST_STAYS:]
         if rest:
-            _line(console, f"{sum(stay.channels for stay in rest):,} for {_count(len(rest), 'other reason')}", indent=2)
+            line(console, f"{sum(stay.channels for stay in rest):,} for {_count(len(rest), 'other reason')}", indent=2)
     if report.unaligned:
         console.print()
-        _line(console, "Widths that could not be raised:")
+        line(console, "Widths that could not be raised:")
         for width in report.unaligned[:_MOST_STAYS]:
-            _line(console, f"{width.node}: {width.reason}", indent=2)
+            line(console, f"{width.node}: {width.reason}", indent=2)
         if len(report.unaligned) > _MOST_STAYS:
-            _line(console, f"and {len(report.unaligned) - _MOST_STAYS} more (--report FILE.json lists all)", indent=2)
+            line(console, f"and {len(report.unaligned) - _MOST_STAYS} more (--report FILE.json lists all)", indent=2)
     if report.refusals:
         console.print()
-        _line(console, "Operators kept whole:")
+        line(console, "Operators kept whole:")
         for refusal in report.refusals[:_MOST_STAYS]:
-            _line(console, f"{len(refusal.nodes):,} {refusal.op}: {refusal.reason}", indent=2)
+            line(console, f"{len(refusal.nodes):,} {refusal.op}: {refusal.reason}", indent=2)
         if len(report.refusals) > _MOST_STAYS:
-            _line(console, f"and {_count(len(report.refusals) - _MOST_STAYS, 'more kind')}", indent=2)
+            line(console, f"and {_count(len(report.refusals) - _MOST_STAYS, 'more kind')}", indent=2)

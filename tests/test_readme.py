@@ -69,7 +69,7 @@ def options(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text))
 
 
-@pytest.mark.parametrize("command", ["shrink", "verify"])
+@pytest.mark.parametrize("command", ["shrink", "verify", "bench"])
 def test_usage_names_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     usage = re.search(rf"    onnxshrink {command} (.*?)(?=\n    onnxshrink|\n\n)", README, re.DOTALL)
     assert usage

@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from onnxshrink.bench.feeds import write_feed
+from onnxshrink.bench.denormals import Denormals
+from onnxshrink.bench.feeds import read_feed, write_feed
+from onnxshrink.bench.memory import Memory
+from onnxshrink.bench.operators import NodeTime
 from onnxshrink.errors import InputError, OnnxshrinkError
 from onnxshrink.graph import ModelLike
 from onnxshrink.processes import python_command
@@ -80,6 +83,23 @@ class Tasks:
             raise InputError(f"rounds must be at least 1, not {rounds}")
         return [np.array(taken) for taken in self._run("time", seconds=seconds, rounds=rounds)]
 
+    def profile(self, seconds: float, rounds: int | None) -> list[list[NodeTime]]:
+        """Per model, the time of each node."""
+        return [[NodeTime(**node) for node in nodes] for nodes in self._run("profile", seconds=seconds, rounds=rounds)]
+
+    def inspect(self, index: int) -> tuple[Memory | None, Denormals]:
+        """What one model takes of memory (None where the system does not say), and its denormal numbers.
+
+        Once it is known what it is run on.
+        """
+        found = self._run("inspect", index=index)
+        memory = None if found["memory"] is None else Memory(**found["memory"])
+        return memory, Denormals(**found["denormals"])
+
+    def inputs(self) -> dict[str, str]:
+        """What the models are run on: the type and shape of each input. Once that is known."""
+        return {name: _describe(value) for name, value in read_feed(self._folder / "feed").items()}
+
     def _run(self, task: str, **options: Any) -> Any:
         """What a worker finds out. Raises what the worker raised."""
         job, result = self._folder / "job.json", self._folder / "result.json"
@@ -94,3 +114,10 @@ class Tasks:
         if "error" in found:
             raise (InputError if found["usage"] else OnnxshrinkError)(found["error"])
         return found["value"]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_describe, value))}]"
+    extents = ", ".join(map(str, value.shape))
+    return f"{'text' if value.dtype.kind == 'U' else value.dtype}[{extents}]"

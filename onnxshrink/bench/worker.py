@@ -9,20 +9,24 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from onnxshrink.bench.denormals import count_denormals
 from onnxshrink.bench.feeds import read_feed, write_feed
+from onnxshrink.bench.memory import OnDisk, peaks
+from onnxshrink.bench.operators import read_profile
 from onnxshrink.bench.tasks import ordinal
 from onnxshrink.bench.turns import in_turns
 from onnxshrink.errors import InputError, OnnxshrinkError
 from onnxshrink.inputs import Feed, RunError, draw_runnable, fixed_sizes
 from onnxshrink.roles import describe
-from onnxshrink.runtime import LoadError, Model, Session
+from onnxshrink.runtime import Loadable, LoadError, Model, Session
 
 # The first session of a process decides for its main thread, and each session for the threads of its own.
 FLUSH = {"session.set_denormal_as_zero": "1"}
+_UNCOUNTED = 4  # runs before the first turn
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,10 @@ class Job:
         """One of the models."""
         return Model(self.models[index], ordinal(index), self.folder / f"worker-{index}")
 
-    def session(self, index: int, **options: Any) -> Session:
-        """A model, loaded."""
+    def session(self, index: int, model: Loadable | None = None, **options: Any) -> Session:
+        """One of the models, loaded from its file or from `model`."""
         try:
-            return Session(self.model(index), threads=self.threads, **options)
+            return Session(self.model(index) if model is None else model, threads=self.threads, **options)
         except RunError as error:
             label = ordinal(index)
             raise LoadError(f"the {label} model does not load in onnxruntime ({error})", label) from error
@@ -66,6 +70,33 @@ def _time(job: Job) -> list[list[float]]:
     return [taken.tolist() for taken in samples]
 
 
+def _profile(job: Job) -> list[list[dict[str, Any]]]:
+    """Per model, the time of each node."""
+    count = range(len(job.models))
+    sessions = [job.session(index, entries=FLUSH, profile=job.folder / f"profile-{index}") for index in count]
+    feed = job.feed(sessions[0])
+    _check_inputs(sessions, feed)
+    in_turns([session.prepare(feed) for session in sessions], job.options["seconds"], job.options["rounds"])
+    files = [session.end_profile() for session in sessions]
+    graphs = [job.model(index).light.graph for index in count]
+    return [
+        [asdict(node) for node in read_profile(file, graph, _UNCOUNTED)]
+        for file, graph in zip(files, graphs, strict=True)
+    ]
+
+
+def _inspect(job: Job) -> dict[str, Any]:
+    """Peaks of memory and denormal numbers of one model, in this order, in a process that does not flush the latter."""
+    index, feed = job.options["index"], read_feed(job.folder / "feed")
+
+    def load() -> Callable[[], object]:
+        return job.session(index, OnDisk(job.models[index])).prepare(feed)
+
+    found = peaks(load)
+    denormals = count_denormals(job.models[index], job.model(index), feed)
+    return {"memory": None if found is None else asdict(found), "denormals": asdict(denormals)}
+
+
 def _check_inputs(sessions: list[Session], feed: Feed) -> None:
     """Run each model once. Raises InputError where one does not take the inputs of the first."""
     for index, session in enumerate(sessions):
@@ -76,7 +107,7 @@ def _check_inputs(sessions: list[Session], feed: Feed) -> None:
             raise InputError(message) from error
 
 
-_TASKS: dict[str, Callable[[Job], Any]] = {"time": _time}
+_TASKS: dict[str, Callable[[Job], Any]] = {"time": _time, "profile": _profile, "inspect": _inspect}
 
 
 def main(job_file: str, result_file: str) -> None:
