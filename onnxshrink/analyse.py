@@ -14,7 +14,7 @@ from onnxshrink.facts import Known, along, compress, everything
 from onnxshrink.families import endless, needed_by_relation, spoilt, whole
 from onnxshrink.graph import Graph, Node, Period, Shape
 from onnxshrink.notation import Relation, UnresolvedError, opaque
-from onnxshrink.registry import Rule, find
+from onnxshrink.registry import Lookup, Rule, rule_of
 from onnxshrink.view import Operand, View
 from onnxshrink.weights import Array, BoolArray, Constant, same
 
@@ -52,6 +52,7 @@ class Analysis:
         unit: per tensor, the axis along which its elements sum to one.
         blind: per tensor, the axis along which one number may be added to all elements, and nobody would notice.
         infinite: per tensor, elements that may be minus infinity by design; absent: none.
+        lookup: finds the rule of a node.
     """
 
     graph: Graph
@@ -69,10 +70,15 @@ class Analysis:
     unit: dict[str, int] = field(default_factory=dict)
     blind: dict[str, int | None] = field(default_factory=dict)
     infinite: dict[str, BoolArray] = field(default_factory=dict)
+    lookup: Lookup = rule_of
 
     def nodes(self) -> list[Node]:
         """The nodes that compute something that is not constant."""
         return [node for node in self.graph.nodes if not all(n in self.constants for n in node.outputs if n)]
+
+    def unproven(self) -> list[Node]:
+        """The nodes whose facts or whose shrinking nothing proves: the result must be compared with the original."""
+        return [node for node in self.nodes() if (rule := self.rules.get(node.index)) is not None and rule.unproven]
 
     def shape(self, name: str) -> Shape | None:
         """Extents of a tensor, as far as they are known."""
@@ -114,25 +120,31 @@ class Analysis:
         return Operand(name, shape, dtype, self.known.get(name), unit=unit, infinite=infinite)
 
 
-def analyse(graph: Graph) -> Analysis:
-    """Facts of every tensor of `graph`."""
-    analysis = _forward_pass(graph)
+def analyse(graph: Graph, lookup: Lookup = rule_of) -> Analysis:
+    """Facts of every tensor of `graph`; `lookup` finds the rule of a node, in the registry unless told otherwise."""
+    analysis = _forward_pass(graph, lookup)
     for _ in range(_REFINEMENTS):
         values, shapes = learned(analysis)
         if not graph.refine(values, shapes):
             break
         # Shapes that follow from values found on the way make more of the rules apply.
-        analysis = _forward_pass(graph)
+        analysis = _forward_pass(graph, lookup)
     find_needed(analysis)
     return analysis
 
 
-def _forward_pass(graph: Graph) -> Analysis:
+def begin(graph: Graph, lookup: Lookup = rule_of) -> Analysis:
+    """An analysis that knows nothing yet."""
     readers = Counter(name for node in graph.nodes for name in node.inputs)
-    analysis = Analysis(graph, constants=dict(graph.constants), readers=readers)
+    analysis = Analysis(graph, constants=dict(graph.constants), readers=readers, lookup=lookup)
     for name in graph.inputs:
         # A mask that is given may well hold infinities.
         analysis.infinite[name] = everything(analysis.rank(name))
+    return analysis
+
+
+def _forward_pass(graph: Graph, lookup: Lookup) -> Analysis:
+    analysis = begin(graph, lookup)
     for node in graph.nodes:
         _forward(analysis, node)
     return analysis
@@ -187,9 +199,28 @@ def find_needed(analysis: Analysis) -> None:
         _backward(analysis, node)
 
 
+def update_known(analysis: Analysis, node: Node) -> None:
+    """Work out again what is known of the outputs of one node, from what is known of its inputs now."""
+    analysis.refusals[:] = [refusal for refusal in analysis.refusals if refusal.node != node.label]
+    _forward(analysis, node)
+
+
+def update_needed(analysis: Analysis, node: Node) -> None:
+    """Work out again what is needed of the inputs of one node, from what is needed of the outputs of their readers."""
+    names = {name for name in node.inputs if name and name not in analysis.constants}
+    for name in names:
+        analysis.needed.pop(name, None)
+        analysis.blind.pop(name, None)
+        if name in analysis.graph.outputs:
+            analysis.needed[name], analysis.blind[name] = everything(analysis.rank(name)), None
+    for reader in analysis.graph.nodes:
+        if names.intersection(reader.inputs) and reader.index in analysis.rules:
+            _backward(analysis, reader)
+
+
 def _forward(analysis: Analysis, node: Node) -> None:
     view = analysis.view(node)
-    rule = find(node.op, node.domain, node.version)
+    rule = analysis.lookup(node)
     if rule is not None and rule.refusal is None and not rule.decodes and _derive(analysis, view):
         analysis.rules[node.index] = rule
         analysis.relations[node.index] = opaque(view.shapes(view.inputs), view.shapes(view.outputs))

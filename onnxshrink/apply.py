@@ -91,6 +91,11 @@ class _Site:
         self.editor.set_attributes(self.target, rewrite.attributes)
         self._drop_absent()
         self._correct(rewrite)
+        for index, axes in rewrite.select.items():
+            for axis, indices in axes.items():
+                self.editor.select(self.target, index, axis, indices)
+        if rewrite.nodes:
+            self.editor.replace(self.target, self.node.proto, rewrite.nodes, rewrite.weights)
         if rewrite.bypass is not None:
             self.editor.bypass(self.target, rewrite.bypass)
 

@@ -8,7 +8,7 @@ graph-surgeon's own round trip would lose some of them and break four-bit types.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -146,6 +146,40 @@ class Editor:
         """Multiply the first output by a constant; the node that does."""
         name = f"{node.outputs[0].name}_mul"
         return self.after(node, 0, "Mul", [self.constant(name, partial(same, factor))])
+
+    def select(self, node: gs.Node, output: int, axis: int, indices: Array) -> None:
+        """Let the readers of an output see some indices of one axis only."""
+        wanted = self.constant(f"{node.outputs[output].name}_indices", partial(same, indices.astype(np.int64)))
+        self.set_attributes(self.after(node, output, "Gather", [wanted]), {"axis": axis})
+
+    def replace(
+        self, node: gs.Node, names: onnx.NodeProto, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, Array]
+    ) -> None:
+        """Put other nodes in the place of one.
+
+        Args:
+            node: what goes.
+            names: what its inputs and outputs are called in `nodes`.
+            nodes: in topological order; other names in them are those of `weights`, or stay among themselves.
+            weights: constants.
+        """
+        tensors = {name: self.constant(name, partial(same, value)) for name, value in weights.items()}
+        tensors.update(zip(names.input, node.inputs, strict=False))
+        for index, name in enumerate(names.output):
+            if name:
+                tensors[name] = node.outputs[index]
+                node.outputs[index] = gs.Variable(self._name(f"{name}_gone"))
+        for proto in reversed(nodes):
+            for name in (*proto.input, *proto.output):
+                if name and name not in tensors:
+                    tensors[name] = gs.Variable(self._name(name))
+            inputs, outputs = (
+                [tensors[n] if n else gs.Variable.empty() for n in s] for s in (proto.input, proto.output)
+            )
+            made = gs.Node(proto.op_type, self._name(proto.name or proto.op_type), inputs=inputs, outputs=outputs)
+            made.domain = proto.domain
+            self._after.setdefault(id(node), []).append(made)
+            self._edits[id(made)] = _Edit(proto, self._edits[id(node)].scope)
 
     def add(self, node: gs.Node, value: Array) -> None:
         """Add a constant to the first output: in the constant of an Add that follows, where there is one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,3 +105,29 @@ def _reference(model: bytes, feeds: dict[str, Array]) -> list[Array] | None:
         # The reference raises whatever numpy raises; a node that cannot be run is simply not known.
         return None
     return [np.asarray(value) for value in results]
+
+
+def run_nodes(
+    nodes: Sequence[onnx.NodeProto],
+    opsets: Sequence[tuple[str, int]],
+    values: Mapping[str, Array],
+    outputs: Sequence[str],
+    functions: Sequence[onnx.FunctionProto] = (),
+) -> list[Array] | None:
+    """Named outputs of a few nodes on named values; None when onnxruntime does not run them."""
+    read = {name for node in nodes for name in node.input}
+    feeds = {name: np.ascontiguousarray(value).reshape(value.shape) for name, value in values.items() if name in read}
+    kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in feeds.items()}
+    inputs = [onnx.helper.make_tensor_value_info(name, kinds[name], list(feeds[name].shape)) for name in feeds]
+    results = [onnx.ValueInfoProto(name=name) for name in outputs]
+    graph = onnx.helper.make_graph(list(nodes), "nodes", inputs, results)
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=_IR_VERSION, functions=functions)
+    session = _runner(bytes(model.SerializeToString(deterministic=True)))
+    if session is None:
+        return None
+    try:
+        return [np.asarray(value) for value in session.run(None, feeds)]
+    except Exception:
+        # onnxruntime's exceptions share no base class of their own; whichever it is, the nodes do not run.
+        return None

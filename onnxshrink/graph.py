@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -250,13 +250,17 @@ def _type_of(value: onnx.ValueInfoProto) -> tuple[Shape | None, int]:
     return tuple(dims), tensor.elem_type
 
 
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model without functions, but for those that have a rule of their own."""
+def _inlined(model: onnx.ModelProto, keep: frozenset[str]) -> onnx.ModelProto:
+    """The model without functions, but for those that have a rule of their own or are named in `keep`."""
     from onnxshrink.registry import find  # rules are written in terms of this module
 
     versions = {opset.domain: opset.version for opset in model.opset_import}
     rules = [(f.domain, f.name, find(f.name, f.domain, versions.get(f.domain, 1))) for f in model.functions]
-    named = [(domain, name) for domain, name, rule in rules if rule is not None and rule.named]
+    named = [
+        (domain, name)
+        for domain, name, rule in rules
+        if (rule is not None and rule.named) or not keep.isdisjoint((name, f"{domain}::{name}"))
+    ]
     if not named:
         return onnx.inliner.inline_local_functions(model)
     return onnx.inliner.inline_selected_functions(model, named, exclude=True)
@@ -267,18 +271,19 @@ class Graph:
 
     Args:
         model: a path or a `ModelProto`, which is not changed.
+        keep: model-local functions that stay nodes, by name (`Op` or `domain::Op`); all others are inlined.
 
     Raises:
         InputError: a missing, truncated or invalid file, or external data that is missing or outside its folder.
     """
 
-    def __init__(self, model: ModelLike) -> None:
+    def __init__(self, model: ModelLike, keep: Collection[str] = ()) -> None:
         self.proto, self.folder = load_proto(model)
         _check_storage(self.proto, self.folder)
         skeleton = make_skeleton(self.proto)
         _check_structure(skeleton)
         if self.proto.functions:
-            skeleton = _inlined(skeleton)
+            skeleton = _inlined(skeleton, frozenset(keep))
         self.skeleton = skeleton
         self.flat = flatten(skeleton.graph)
         self.constants: dict[str, Constant] = {}

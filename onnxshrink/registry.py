@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import onnx
+
 from onnxshrink.errors import RuleError
 from onnxshrink.facts import Known
+from onnxshrink.graph import Node
 from onnxshrink.notation import Relation, resolve
 from onnxshrink.view import Fold, View
 from onnxshrink.weights import Array, BoolArray
@@ -42,6 +45,9 @@ class Rewrite:
         append: inputs that get one more index, of ones, at the end of the axis given.
         fixed: elements of the first output that are given a value, `(mask, values)`.
         bypass: input that the readers of the output may read instead.
+        select: per output, the axes of which the node still makes every index, though fewer are kept; and these.
+        nodes: what takes the place of the node; they name its inputs and outputs as it does.
+        weights: constants of `nodes`, by the name that they have there.
     """
 
     constants: Mapping[int, Array | Callable[[], Array]] = field(default_factory=dict)
@@ -52,6 +58,9 @@ class Rewrite:
     append: Mapping[int, int] = field(default_factory=dict)
     fixed: tuple[BoolArray, Array] | None = None
     bypass: int | None = None
+    select: Mapping[int, Mapping[int, Array]] = field(default_factory=dict)
+    nodes: tuple[onnx.NodeProto, ...] = ()
+    weights: Mapping[str, Array] = field(default_factory=dict)
 
 
 Relate = Callable[[View], Relation]
@@ -87,6 +96,8 @@ class Rule:
         infinite: elements of the outputs that may be minus infinity; None: all, where an input or constant has any.
         refusal: why the operator is kept whole.
         named: whether a model-local function of that name stays a function for this rule, and is not inlined.
+        unproven: what the rule rests on, where that is not the operator's specification; the result is then compared
+            with the original whatever the user says.
     """
 
     op: str
@@ -110,6 +121,7 @@ class Rule:
     infinite: Infinite | None = None
     refusal: str | None = None
     named: bool = False
+    unproven: str = ""
 
     def relation(self, view: View) -> Relation:
         """The relation of one node. Raises UnresolvedError."""
@@ -167,6 +179,14 @@ def find(op: str, domain: str, version: int) -> Rule | None:
         if rule.since <= version <= rule.until:
             return rule
     return None
+
+
+Lookup = Callable[[Node], "Rule | None"]
+
+
+def rule_of(node: Node) -> Rule | None:
+    """The rule of a node, None when there is none."""
+    return find(node.op, node.domain, node.version)
 
 
 def rules() -> list[Rule]:

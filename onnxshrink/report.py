@@ -62,6 +62,19 @@ class Unaligned:
 
 
 @dataclass(frozen=True)
+class Unproven:
+    """A node of which facts were found by trial, or that a function of the user wrote: how, and what was found.
+
+    `constant` counts the elements of its outputs that are taken to be constant, along a free dimension once.
+    """
+
+    node: str
+    op: str
+    how: str
+    constant: int
+
+
+@dataclass(frozen=True)
 class Cut:
     """What one axis of a tensor keeps and loses, as runs of indices: pairs of the first and the last one."""
 
@@ -85,6 +98,7 @@ class Report:
         layers: weights that became smaller, in graph order.
         stays: channels without effect that stay, the most first.
         refusals: operators that are kept whole.
+        unproven: nodes about which nothing is proven, though something was used; the outputs were compared.
         folded: constant channels that left, their contribution folded in a bias or another channel.
         appended: channels of ones that were appended to carry constants across a padded border.
         tensors: per computed tensor, the axes that lost indices.
@@ -106,6 +120,7 @@ class Report:
     layers: tuple[Layer, ...] = ()
     stays: tuple[Stay, ...] = ()
     refusals: tuple[Refused, ...] = ()
+    unproven: tuple[Unproven, ...] = ()
     folded: int = 0
     appended: int = 0
     tensors: Mapping[str, tuple[Cut, ...]] = field(default_factory=dict)
@@ -164,6 +179,7 @@ def make_report(
         equivalence,
         stays=_stays(analysis, plan),
         refusals=_refusals(analysis),
+        unproven=tuple(_unproven(analysis)),
         note=note,
     )
     if result is None:
@@ -264,6 +280,17 @@ def _cause_at(plan: Plan, name: str, axis: int, index: int, extent: int) -> Caus
     if numbers is None or numbers[index] < 0:
         return None
     return plan.causes[int(numbers[index])]
+
+
+def _unproven(analysis: Analysis) -> Iterator[Unproven]:
+    for node in analysis.unproven():
+        rule, constant = analysis.rules[node.index], 0
+        for name in node.outputs:
+            known, shape = analysis.known.get(name), analysis.shape(name)
+            if known is not None and shape is not None:
+                extents = [extent if isinstance(extent, int) else 1 for extent in shape]
+                constant += int(np.broadcast_to(known.mask, extents).sum())
+        yield Unproven(node.label, node.op, rule.unproven if rule is not None else "", constant)
 
 
 def _refusals(analysis: Analysis) -> tuple[Refused, ...]:

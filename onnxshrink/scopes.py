@@ -9,6 +9,7 @@ from functools import lru_cache
 import onnx
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
 _TRACE = "pkg.torch.onnx.stack_trace"
 _REWRITES = "pkg.onnxscript.rewriter.rule_name"
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -37,6 +38,11 @@ def module_path(node: onnx.NodeProto) -> str | None:
         else:
             path.append(part)
     return ".".join(path)
+
+
+def module_classes(node: onnx.NodeProto) -> list[str]:
+    """Class names of the modules that a node was exported from, the innermost last; none when nobody says."""
+    return [path.rpartition(".")[2] for path in _parse(metadata(node, _CLASSES))[:-1]]
 
 
 @lru_cache(maxsize=1 << 14)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from onnxshrink.graph import Graph, ModelLike, load_proto, make_skeleton
 from onnxshrink.masks import MaskTree, apply_masks, load_masks, zero_near
 from onnxshrink.plan import Plan, make_plan
 from onnxshrink.planning.align import Alignment, check_align
+from onnxshrink.probe import DEFAULT_SAMPLES, prober
+from onnxshrink.registry import Lookup, rule_of
+from onnxshrink.replacement import ReplaceFunction, replacer
 from onnxshrink.report import Report, make_report
 from onnxshrink.runtime import LoadError
 from onnxshrink.speed.latency import Latency
@@ -94,6 +97,8 @@ def shrink(
     align: str | int = "auto",
     timing: bool = True,
     zero_tolerance: float = 0.0,
+    probe: int = 0,
+    replace_functions: Mapping[str, ReplaceFunction] | None = None,
     report: PathLike | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ShrinkResult:
@@ -117,6 +122,10 @@ def shrink(
         timing: with "auto", run the forms that may be the fastest; without, a cost model decides alone.
         zero_tolerance: weights up to this magnitude count as zero. Lossy when not 0: the result is compared with the
             model that has zeros in their place, and the report says how many they are.
+        probe: run operators without a rule alone on so many random samples, to find outputs that never change. Nothing
+            proves them; they are marked in the report, and the result is compared whatever `verify` says. 0: do not.
+        replace_functions: functions that write nodes anew, by operator type (`Op`, `domain::Op`) or class of PyTorch
+            module (`onnxshrink.replacement.replacer`); the result is compared whatever `verify` says.
         report: JSON file to write the report to.
         progress: called with the name of each step as it begins.
 
@@ -128,13 +137,14 @@ def shrink(
     check_align(align)
     _check_targets(model, masks, output, report)
     step("reading")
-    source, zeroed = _zeroed(_load(model, masks), zero_tolerance)
+    own = tuple(replace_functions or ())
+    source, zeroed = _zeroed(_load(model, masks, own), zero_tolerance, own)
     step("analysing")
-    analysis = analyse(source.graph)
+    analysis = analyse(source.graph, _lookup(probe, replace_functions))
     step("cutting")
     form = _choose(source, analysis, align, timing, inputs or {}, seed)
     small, equivalence, note = _checked(form, analysis), None, form.note
-    if small is not None and verify:
+    if small is not None and (verify or analysis.unproven()):
         step("comparing")
         try:
             equivalence = _verify(source, small, form.plan, inputs, samples, seed)
@@ -152,6 +162,12 @@ def shrink(
     if report is not None:
         save.write_text(result.report.to_json(), Path(report))
     return result
+
+
+def _lookup(probe: int, functions: Mapping[str, ReplaceFunction] | None) -> Lookup:
+    """Where the rules come from. Raises InputError."""
+    lookup: Lookup = prober(probe) if probe else rule_of
+    return replacer(functions, probe or DEFAULT_SAMPLES, lookup) if functions else lookup
 
 
 # --- what comes in -------------------------------------------------------------------------------------------------
@@ -177,23 +193,23 @@ def _real(path: PathLike) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _load(model: ModelLike, masks: MaskTree | PathLike | None) -> _Source:
+def _load(model: ModelLike, masks: MaskTree | PathLike | None, keep: Collection[str]) -> _Source:
     if masks is None:
-        graph, reference = Graph(model), model
+        graph, reference = Graph(model, keep), model
         data = _data_files(graph.proto, graph.folder)
     else:
         proto, folder = load_proto(model)
         data = _data_files(proto, folder)
         tree = load_masks(os.fspath(masks)) if isinstance(masks, (str, os.PathLike)) else masks
         reference = apply_masks(_with_data(proto, folder), tree)
-        graph = Graph(reference)
+        graph = Graph(reference, keep)
     if isinstance(model, onnx.ModelProto):
         return _Source(reference, graph, _nbytes(model), frozenset(), False)
     files = frozenset({_real(model), *data})
     return _Source(reference, graph, sum(file.stat().st_size for file in files), files, bool(data))
 
 
-def _zeroed(source: _Source, tolerance: float) -> tuple[_Source, int]:
+def _zeroed(source: _Source, tolerance: float, keep: Collection[str]) -> tuple[_Source, int]:
     """The source with weights near zero set to zero, and how many they were."""
     if tolerance == 0:
         return source, 0
@@ -201,7 +217,7 @@ def _zeroed(source: _Source, tolerance: float) -> tuple[_Source, int]:
     if not zeroed:
         return source, 0
     model = _with_data(model, source.graph.folder)
-    return replace(source, model=model, graph=Graph(model)), zeroed
+    return replace(source, model=model, graph=Graph(model, keep)), zeroed
 
 
 def _data_files(model: onnx.ModelProto, folder: Path | None) -> set[Path]:

@@ -186,6 +186,14 @@ def _print_stays(console: Console, report: Report) -> None:
             line(console, f"{width.node}: {width.reason}", indent=2)
         if len(report.unaligned) > _MOST_STAYS:
             line(console, f"and {len(report.unaligned) - _MOST_STAYS} more (--report FILE.json lists all)", indent=2)
+    if report.unproven:
+        console.print()
+        line(console, "Operators whose shrinking rests on the comparison alone:")
+        for found in report.unproven[:_MOST_STAYS]:
+            constant = f"; {_count(found.constant, 'constant element')}" if found.constant else ""
+            line(console, f"{found.op} {found.node}: {found.how}{constant}", indent=2)
+        if len(report.unproven) > _MOST_STAYS:
+            line(console, f"and {len(report.unproven) - _MOST_STAYS:,} more", indent=2)
     if report.refusals:
         console.print()
         line(console, "Operators kept whole:")

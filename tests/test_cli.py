@@ -74,9 +74,9 @@ def test_what_stays_is_named_with_its_reason(run: Run) -> None:
 
 
 def test_operators_without_a_rule_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    analyse = sys.modules["onnxshrink.analyse"]
-    find = analyse.find
-    monkeypatch.setattr(analyse, "find", lambda op, *rest: None if op == "Hardmax" else find(op, *rest))
+    registry = sys.modules["onnxshrink.registry"]
+    find = registry.find
+    monkeypatch.setattr(registry, "find", lambda op, *rest: None if op == "Hardmax" else find(op, *rest))
     onnx.save(unknown(True), "big.onnx")
     _, out, _ = run("shrink", "big.onnx", "-o", "small.onnx")
     assert "Operators kept whole:\n  1 Hardmax: no rule for this operator\n" in out

@@ -92,7 +92,7 @@ def test_interface_and_live_channels_are_no_news() -> None:
 
 
 def test_refusals_are_counted_by_operator_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine: Any = sys.modules["onnxshrink.analyse"]
+    engine: Any = sys.modules["onnxshrink.registry"]
     find = engine.find
     monkeypatch.setattr(engine, "find", lambda op, *rest: None if op in ("Hardmax", "Relu") else find(op, *rest))
     model = unknown(True)
