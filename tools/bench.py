@@ -8,6 +8,8 @@ each residual stream, are zero in every layer that writes them. For each network
 - the latency of the shrunk network in onnxruntime (one thread) by that of the input, and by that of the network that a
   person would have built by hand with the same widths.
 
+With `--speed`: the latency of each form that a shrunk network may have, see `bench_speed.py`.
+
 What is compared runs in turns, so that a slow moment of the machine hits all; figures are medians.
 """
 
@@ -20,14 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+from drawing import FULL, SMOKE, Shape, draw
 from rich.console import Console
 from rich.table import Table
 
@@ -42,110 +43,9 @@ from onnxshrink import shrink
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
-shrink(sys.argv[1], output=sys.argv[2], verify=False)
+shrink(sys.argv[1], output=sys.argv[2], verify=False, align="none")
 print(before, peak())
 """
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A residual network: blocks per stage, channels of the first stage, and whether blocks have a bottleneck."""
-
-    name: str
-    blocks: tuple[int, ...]
-    width: int
-    bottleneck: bool
-    image: int
-    classes: int
-
-
-FULL = (
-    Shape("ResNet-18", (2, 2, 2, 2), 64, False, 224, 1000),
-    Shape("ResNet-50", (3, 4, 6, 3), 64, True, 224, 1000),
-)
-SMOKE = (Shape("small, basic", (1, 1), 8, False, 32, 10), Shape("small, bottleneck", (1, 1), 8, True, 32, 10))
-
-
-@dataclass
-class Drawing:
-    """A network being drawn twice over the same weights: as pruned, or `by_hand` with the dead channels left out."""
-
-    by_hand: bool
-    seed: int = 0
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    weights: list[onnx.TensorProto] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.random = np.random.default_rng(self.seed)
-
-    def half(self, channels: int) -> np.ndarray:
-        """Which channels live: half of them."""
-        live = np.zeros(channels, np.bool_)
-        live[self.random.permutation(channels)[: channels // 2]] = True
-        return live
-
-    def node(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
-        name = f"{op.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [name], name, **attributes))
-        return name
-
-    def weight(self, values: np.ndarray) -> str:
-        name = f"weight_{len(self.weights)}"
-        self.weights.append(numpy_helper.from_array(values.astype(np.float32), name))
-        return name
-
-    def convolution(self, x: str, live: tuple[np.ndarray, np.ndarray], kernel: int, stride: int = 1) -> str:
-        inputs, outputs = live
-        fan = inputs.size * kernel * kernel
-        values = self.random.standard_normal((outputs.size, inputs.size, kernel, kernel)) * np.sqrt(2 / fan)
-        bias = self.random.standard_normal(outputs.size) * 0.1
-        if self.by_hand:
-            values, bias = values[outputs][:, inputs], bias[outputs]
-        else:
-            values[~outputs], bias[~outputs] = 0, 0
-        operands = [x, self.weight(values), self.weight(bias)]
-        return self.node("Conv", operands, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[kernel // 2] * 4)
-
-    def relu(self, x: str) -> str:
-        return self.node("Relu", [x])
-
-
-def draw(shape: Shape, by_hand: bool) -> onnx.ModelProto:
-    """The network as pruned, or as a person would have built it with the same widths."""
-    net = Drawing(by_hand)
-    live = net.half(shape.width)
-    x = net.relu(net.convolution("image", (np.ones(3, np.bool_), live), 7, 2))
-    x = net.node("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
-    for stage, blocks in enumerate(shape.blocks):
-        x, live = draw_stage(net, shape, x, live, stage, blocks)
-    x = net.node("Flatten", [net.node("GlobalAveragePool", [x])])
-    values = net.random.standard_normal((shape.classes, live.size)) * 0.05
-    operands = [x, net.weight(values[:, live] if by_hand else values), net.weight(np.zeros(shape.classes))]
-    net.nodes.append(helper.make_node("Gemm", operands, ["logits"], "classifier", transB=1))
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, shape.image, shape.image])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, shape.classes])
-    graph = helper.make_graph(net.nodes, shape.name, [image], [logits], net.weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def draw_stage(net: Drawing, shape: Shape, x: str, live: np.ndarray, stage: int, blocks: int) -> tuple[str, np.ndarray]:
-    """Blocks that share one residual stream."""
-    middle = shape.width * 2**stage
-    stream = net.half(middle * (4 if shape.bottleneck else 1))
-    for block in range(blocks):
-        stride = 2 if stage and not block else 1
-        shortcut = x if block else net.convolution(x, (live, stream), 1, stride)
-        inner = net.half(middle)
-        if shape.bottleneck:
-            y = net.relu(net.convolution(x, (live, inner), 1))
-            other = net.half(middle)
-            y = net.relu(net.convolution(y, (inner, other), 3, stride))
-            y = net.convolution(y, (other, stream), 1)
-        else:
-            y = net.relu(net.convolution(x, (live, inner), 3, stride))
-            y = net.convolution(y, (inner, stream), 3)
-        x, live = net.relu(net.node("Add", [y, shortcut])), stream
-    return x, live
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
@@ -197,7 +97,7 @@ def measure(shape: Shape, folder: Path, rounds: int) -> Figures:
     onnx.save(draw(shape, by_hand=True), hand)
     memory = peak_memory(big, small)
     seconds = in_turns(
-        [lambda: onnx.save(onnx.load(big), copy), lambda: shrink(big, output=small, verify=False)], rounds
+        [lambda: onnx.save(onnx.load(big), copy), lambda: shrink(big, output=small, verify=False, align="none")], rounds
     )
     image = np.random.default_rng(1).standard_normal((1, 3, shape.image, shape.image)).astype(np.float32)
     latency = in_turns([session_call(path, image) for path in (big, small, hand)], 3 * rounds)
@@ -243,7 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description="Measure onnxshrink, as ratios from one run.")
     parser.add_argument("--smoke", action="store_true", help="small networks, a few seconds: does it run at all?")
+    parser.add_argument("--speed", action="store_true", help="latency by how the widths are chosen, instead")
     arguments = parser.parse_args(argv)
+    if arguments.speed:
+        import bench_speed
+
+        return bench_speed.run(arguments.smoke)
     shapes, rounds = (SMOKE, 2) if arguments.smoke else (FULL, 9)
     results = {}
     for shape in shapes:

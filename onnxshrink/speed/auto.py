@@ -25,7 +25,7 @@ from onnxshrink.speed.profile import profile
 from onnxshrink.weights import Array
 
 Apply = Callable[[Plan], "onnx.ModelProto | None"]  # None: the plan removes nothing
-_BUDGET = 3.0  # seconds of timing
+_BUDGET = 0.6  # seconds of timing per model
 _TRIES = 3  # how often more layers are kept whole where the result is slower
 
 
@@ -113,7 +113,9 @@ class _Contest:
         return Choice(None, None, self._regret())
 
     def _race(self, models: list[onnx.ModelProto]) -> list[Array]:
-        return measure([self._source, *models], inputs=self._inputs, seconds=_BUDGET, seed=self._seed)
+        return measure(
+            [self._source, *models], inputs=self._inputs, seconds=_BUDGET * (1 + len(models)), seed=self._seed
+        )
 
     def _profile(self, model: onnx.ModelProto) -> dict[str, tuple[float, float]]:
         """Seconds before and after, of every node that is in both."""
