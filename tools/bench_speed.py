@@ -1,8 +1,9 @@
 """Latency by how the widths are chosen: `python tools/bench.py --speed [--smoke]`.
 
 Networks of odd widths, drawn at random, and the convolutional ones of a folder of exported networks, where there is one
-(`ONNXSHRINK_ZOO`). Each is shrunk with `--align none`, `auto`, 4, 8 and 16; all of these, the input, and the network that
-a person would have built with the fewest parameters run in turns, in one process, on one thread. Figures are medians.
+(`ONNXSHRINK_ZOO`). Each is shrunk with `--align none`, `auto`, 4, 8 and 16; all of these, the input, and the network
+that a person would have built with the fewest parameters run in turns, in one process, on one thread. Figures are
+medians.
 """
 
 from __future__ import annotations

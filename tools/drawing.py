@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 @dataclass(frozen=True)
 class Shape:
-    """A residual network: blocks per stage, channels of the first, whether blocks have a bottleneck, the share that lives."""
+    """A residual network: blocks per stage, channels of the first, bottlenecks or not, and the share that lives."""
 
     name: str
     blocks: tuple[int, ...]
