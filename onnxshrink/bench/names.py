@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import onnx
 
+from onnxshrink.graph import label_of
+
 # "fused NAME", "NAME/MatMulAddFusion", "TENSOR_nchwc", where the tensor is the last one that the kernel computes.
 _FUSED = re.compile(r"^(?:fused )?(.+?)(?:/\w+Fusion\b.*|_nchwc\w*)?$")
 _STEPS = 4  # nodes back from the last one that was fused to the one that the kernel is named after
@@ -49,15 +51,11 @@ def find_origins(graph: onnx.GraphProto, kernels: Iterable[Kernel]) -> dict[Kern
     for kernel, index in last.items():
         if kernel not in origins:
             origins[kernel] = _nearest(nodes, makers, index, _operator(kernel), set(origins.values()))
-    return {kernel: Origin(_label(nodes[index]), nodes[index].op_type) for kernel, index in origins.items()}
+    return {kernel: Origin(label_of(nodes[index]), nodes[index].op_type) for kernel, index in origins.items()}
 
 
 def _operator(kernel: Kernel) -> str:
     return kernel.op.removeprefix("Fused")
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return str(node.name or f"{node.op_type}({node.output[0]})")
 
 
 def _nearest(nodes: list[onnx.NodeProto], makers: Mapping[str, int], index: int, op: str, taken: set[int]) -> int:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
 
 from onnxshrink.analyse import Analysis
 from onnxshrink.bench import make_timing, measure
+from onnxshrink.bench.operators import by_node
+from onnxshrink.bench.tasks import Tasks
 from onnxshrink.errors import InputError
 from onnxshrink.graph import ModelLike
-from onnxshrink.inputs import draw_runnable
 from onnxshrink.planning.data import Plan
-from onnxshrink.roles import describe
-from onnxshrink.runtime import Model, Session
 from onnxshrink.speed.choose import Forms, fastest, is_short
 from onnxshrink.speed.kernels import load_kernels
 from onnxshrink.speed.latency import Latency
-from onnxshrink.speed.profile import profile
 from onnxshrink.weights import Array
 
 Apply = Callable[[Plan], "onnx.ModelProto | None"]  # None: the plan removes nothing
@@ -97,10 +93,10 @@ class _Contest:
                 break
             before, *after = self._race([model for _, model in made])
             self._before = float(np.median(before))
-            medians = [float(np.median(seconds)) for seconds in after]
             entrants = [form for form, _ in made]
-            self._tried |= {form.name: seconds for form, seconds in zip(entrants, medians, strict=True)}
-            best = entrants.index(fastest(entrants, medians))
+            self._tried |= {form.name: float(np.median(s)) for form, s in zip(entrants, after, strict=True)}
+            # Round by round: what slows down the machine slows down all of them.
+            best = entrants.index(fastest(entrants, [float(np.median(seconds / before)) for seconds in after]))
             timing, nodes = make_timing(before, after[best]), self._profile(made[best][1])
             if timing.verdict != "slower":
                 latency = Latency(timing, entrants[best].name, dict(self._tried), nodes)
@@ -113,18 +109,19 @@ class _Contest:
         return Choice(None, None, self._regret())
 
     def _race(self, models: list[onnx.ModelProto]) -> list[Array]:
-        return measure(
-            [self._source, *models], inputs=self._inputs, seconds=_BUDGET * (1 + len(models)), seed=self._seed
-        )
+        everything = [self._source, *models]
+        return measure(everything, inputs=self._inputs, seconds=_BUDGET * len(everything), seed=self._seed)
 
     def _profile(self, model: onnx.ModelProto) -> dict[str, tuple[float, float]]:
         """Seconds before and after, of every node that is in both."""
-        with tempfile.TemporaryDirectory() as folder:
-            models = [Model(m, "model", Path(folder, str(n))) for n, m in enumerate((self._source, model))]
-            described = describe(models[0].light)
-            ((feed, _),) = draw_runnable(described, self._inputs, Session(models[0]).run, 1, self._seed)
-            before, after = (profile(m, feed) for m in models)
-        return {name: (seconds, after[name]) for name, seconds in before.items() if name in after}
+        with Tasks([self._source, model], self._inputs, 1, self._seed) as tasks:
+            nodes = by_node(*tasks.profile(_BUDGET, None))
+        found = {}
+        for node in nodes:
+            before, after = node.seconds
+            if before is not None and after is not None:
+                found[node.name] = (before, after)
+        return found
 
     def _regret(self) -> str:
         """Why nothing is removed although something could be."""
