@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ class Planner(Agreement):
     def __init__(self, analysis: Analysis, apart: set[int]) -> None:
         super().__init__(analysis, apart)
         self.shared = _shared_constants(analysis, self.nodes)
+        self._users = {name: [node for node in self.nodes if name in node.inputs] for name in self.shared}
 
     def settle(self) -> bool:
         """Ask for representatives of constants, then for one index where an axis has none. True if that grew a set."""
@@ -36,33 +38,42 @@ class Planner(Agreement):
         """Let the uses of one constant agree where the copies would be larger than what they agree on."""
         grown = False
         for name in sorted(self.shared):
-            before, state, changed = self._weights(), self.snapshot(), False
+            if _agreed(self._kept_by_users(name)) is None:
+                continue
+            state, changed = self.snapshot(), False
             while self._unite(name):
                 changed = True
-            if changed and self._weights() > before:
+            if not changed:
+                continue
+            united, after = self.snapshot(), self._weights()
+            self.restore(state)
+            if after > self._weights():
                 # What comes back with it weighs more than the copy.
-                self.restore(state)
                 self.shared.discard(name)
             else:
-                grown |= changed
+                self.restore(united)
+                grown = True
         return grown
 
     def _unite(self, name: str) -> bool:
         """Let each use of a constant keep what the others keep. Whether that grew a set."""
-        found = [(node, slot, kept) for node, slot, other, kept in self._constant_uses() if other == name]
-        together = _agreed([kept for _, _, kept in found])
+        together = _agreed(self._kept_by_users(name))
         if together is None:
             return False
         grown = False
-        for node, slot, _ in found:
-            grown |= self._grow_constant(node, slot, name, together)
+        for node, slot, other, _ in self._constant_uses(self._users[name]):
+            grown |= other == name and self._grow_constant(node, slot, name, together)
         self.grow()
         return grown
 
-    def _constant_uses(self) -> list[tuple[Node, int, str, Kept]]:
-        """Every use of a constant: the node, the input, the constant, what this use keeps."""
+    def _kept_by_users(self, constant: str) -> list[Kept]:
+        """What each use of a shared constant keeps of it."""
+        return [kept for _, _, name, kept in self._constant_uses(self._users[constant]) if name == constant]
+
+    def _constant_uses(self, nodes: Iterable[Node]) -> list[tuple[Node, int, str, Kept]]:
+        """Every use of a constant by some nodes: the node, the input, the constant, what this use keeps."""
         found = []
-        for node in self.nodes:
+        for node in nodes:
             if self.working(node):
                 kept = self.view(node).kept
                 found += [
@@ -75,7 +86,7 @@ class Planner(Agreement):
     def _weights(self) -> int:
         """Elements of all constants as they would be written, equal copies once."""
         sizes = {}
-        for _, _, name, kept in self._constant_uses():
+        for _, _, name, kept in self._constant_uses(self.nodes):
             masks = [mask for mask in kept if mask is not None]
             key = (name, *(mask.tobytes() for mask in masks))
             sizes[key] = int(np.prod([int(mask.sum()) for mask in masks], dtype=np.int64))
@@ -97,16 +108,16 @@ class Planner(Agreement):
 
     def _fill(self) -> bool:
         # From the end: there the factors of a product are often axes of their own, some of which keep indices already.
+        grown = False
         for name in reversed(self.kept):
-            if name not in self.present:
-                continue
             for axis, kept in enumerate(self.kept[name]):
-                if kept is not None and kept.size and not kept.any():
+                if name in self.present and kept is not None and kept.size and not kept.any():
                     chosen = np.zeros_like(kept)
                     chosen[self._best_host(name, axis, kept.size)] = True
                     self._add(name, axis, chosen, Cause("", name, "an axis keeps at least one index"))
-                    return True
-        return False
+                    self.grow()
+                    grown = True
+        return grown
 
     def _best_host(self, name: str, axis: int, extent: int) -> int:
         """The index of the largest constant, in which others can be folded; the first where nothing is known."""
