@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
+from onnxshrink.derive import Sources
 from onnxshrink.facts import Known, along, compress, everything
 from onnxshrink.families import endless, needed_by_relation, spoilt, whole
 from onnxshrink.graph import Graph, Node, Period, Shape
@@ -48,7 +48,6 @@ class Analysis:
         taken: indices of nodes whose outputs are constants although their inputs are not.
         shapes: shapes that are better known than by inference.
         throughout: indices of nodes with a partial function whose inputs are needed everywhere.
-        readers: how many inputs read each tensor.
         unit: per tensor, the axis along which its elements sum to one.
         blind: per tensor, the axis along which one number may be added to all elements, and nobody would notice.
         infinite: per tensor, elements that may be minus infinity by design; absent: none.
@@ -63,7 +62,6 @@ class Analysis:
     refusals: list[Refusal] = field(default_factory=list)
     constants: dict[str, Constant] = field(default_factory=dict)
     derived: set[str] = field(default_factory=set)
-    readers: Counter[str] = field(default_factory=Counter)
     throughout: set[int] = field(default_factory=set)
     shapes: dict[str, Shape] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
@@ -71,6 +69,11 @@ class Analysis:
     blind: dict[str, int | None] = field(default_factory=dict)
     infinite: dict[str, BoolArray] = field(default_factory=dict)
     lookup: Lookup = rule_of
+
+    @cached_property
+    def sources(self) -> Sources:
+        """What the constants that the graph computes are made of."""
+        return Sources(self.graph)
 
     def nodes(self) -> list[Node]:
         """The nodes that compute something that is not constant."""
@@ -135,8 +138,7 @@ def analyse(graph: Graph, lookup: Lookup = rule_of) -> Analysis:
 
 def begin(graph: Graph, lookup: Lookup = rule_of) -> Analysis:
     """An analysis that knows nothing yet."""
-    readers = Counter(name for node in graph.nodes for name in node.inputs)
-    analysis = Analysis(graph, constants=dict(graph.constants), readers=readers, lookup=lookup)
+    analysis = Analysis(graph, constants=dict(graph.constants), lookup=lookup)
     for name in graph.inputs:
         # A mask that is given may well hold infinities.
         analysis.infinite[name] = everything(analysis.rank(name))
@@ -345,7 +347,7 @@ def _derive(analysis: Analysis, view: View) -> bool:
     given = [o.constant for o in inputs if o.constant is not None]
     if sum(sizes) > max(_DERIVED_BYTES, sum(c.nbytes for c in given)):
         return False
-    if any(c.nbytes > _DERIVED_BYTES and _stored_twice(analysis, c, sum(sizes)) for c in given):
+    if any(analysis.sources.swells(o.name, _DERIVED_BYTES) for o in inputs):
         return False
     return _evaluate_constants(analysis, view)
 
@@ -357,12 +359,6 @@ def _cannot_explode(inputs: list[Operand]) -> bool:
         return False
     extents = [np.abs(value[value != 0].astype(np.float64)) for value in values if value is not None]
     return bool(np.prod(np.concatenate([np.ones(1), *[e.reshape(-1) for e in extents]])) <= _DERIVED_BYTES)
-
-
-def _stored_twice(analysis: Analysis, weights: Constant, nbytes: int) -> bool:
-    """Whether a large weight that others read too would take more room, were every reader's result a constant."""
-    readers = analysis.readers[weights.name]
-    return readers > 1 and readers * nbytes > weights.nbytes
 
 
 def _evaluate_constants(analysis: Analysis, view: View) -> bool:

@@ -28,14 +28,25 @@ def apply(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
             for index, name in enumerate(node.outputs):
                 if name:
                     editor.settle(editor.find(node), index, analysis.constants[name].array())
+    cut = _cut_constants(analysis, plan)
     for node in analysis.nodes():
         if node.index in plan.settled:
             for index, value in enumerate(plan.settled[node.index]):
                 kept = taken(value, plan.kept[node.outputs[index]])
                 editor.settle(editor.find(node), index, np.asarray(kept, order="C"))
         elif any(name in plan.present for name in node.outputs):
-            _Site(analysis, plan, editor, node).rewrite()
+            _Site(analysis, plan, editor, node, cut).rewrite()
     return editor.export({name: _extents(kept) for name, kept in plan.kept.items()})
+
+
+def _cut_constants(analysis: Analysis, plan: Plan) -> frozenset[str]:
+    """Constants that every use cuts."""
+    found: dict[str, bool] = {}
+    for node in analysis.nodes():
+        for slot, kept in plan.constants.get(node.index, {}).items():
+            cut = any(mask is not None and not mask.all() for mask in kept)
+            found[node.inputs[slot]] = found.get(node.inputs[slot], True) and cut
+    return frozenset(name for name, cut in found.items() if cut)
 
 
 def _extents(kept: Kept) -> list[int | None]:
@@ -68,9 +79,10 @@ def taken(array: Array, kept: Kept) -> Array:
 class _Site:
     """One node being rewritten."""
 
-    def __init__(self, analysis: Analysis, plan: Plan, editor: Editor, node: Node) -> None:
+    def __init__(self, analysis: Analysis, plan: Plan, editor: Editor, node: Node, cut: frozenset[str]) -> None:
         self.editor = editor
-        self.derived = analysis.derived
+        self.cut = cut
+        self.analysis = analysis
         self.plan = plan
         self.node = node
         self.view = plan_view(analysis, plan, node)
@@ -113,8 +125,13 @@ class _Site:
                 self._connect(slot, operand, partial(_slice, operand, kept), key)
 
     def _is_folded(self, operand: Operand) -> bool:
-        """Whether an integer constant is computed from others: written out, it frees what it was computed from."""
-        return operand.name in self.derived and operand.dtype is not None and operand.dtype.kind in "iub"
+        """Whether a constant is computed from others that it may free when written out: integers, or cut weights."""
+        weights = operand.constant
+        if operand.name not in self.analysis.derived or weights is None:
+            return False
+        sources = self.analysis.sources.behind(operand.name, self.analysis.derived)
+        freed = sum(self.analysis.constants[name].nbytes for name in sources & self.cut)
+        return weights.dtype.kind in "iub" or weights.nbytes < freed
 
     def _connect(self, slot: int, operand: Operand, read: Callable[[], Array], key: Any) -> None:
         tensor = self.editor.constant(f"{operand.name}_shrunk", read, key)

@@ -1,0 +1,69 @@
+"""Weights computed from weights shrink where they are read once, and nothing is kept for their sake."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from models import build, check_same, dead, draw, operators, parameters, shapes, shrunk
+
+from onnxshrink.analyse import analyse
+from onnxshrink.derive import Sources
+from onnxshrink.graph import Graph
+
+SMALL = 64
+
+
+def standardised(readers: str = "") -> onnx.ModelProto:
+    """A convolution whose weights are centred and scaled per row, and one behind it; 40 channels of 16 x 3 x 3."""
+    return build(
+        f"""g (float[1, 16, 6, 6] x) => (float[1, 4, 6, 6] y{", float[40, 16, 3, 3] t" if readers else ""}) {{
+            m = ReduceMean<axes = [1, 2, 3]>(w) c = Sub(w, m) s = Mul(c, c) v = ReduceMean<axes = [1, 2, 3]>(s)
+            e = Add(v, epsilon) d = Sqrt(e) n = Div(c, d) {readers}
+            h = Conv<pads = [1, 1, 1, 1]>(x, n) r = Relu(h) y = Conv(r, u) }}""",
+        w=dead(draw(40, 16, 3, 3), *range(30)),
+        epsilon=np.float32(1e-5),
+        u=draw(4, 40, 1, 1),
+    )
+
+
+def test_standardised_weights_lose_their_dead_rows() -> None:
+    before = standardised()
+    small = shrunk(before)
+    assert operators(small) == ["Conv", "Relu", "Conv"]
+    assert sorted(shapes(small).values()) == [(4, 10, 1, 1), (10, 16, 3, 3)]
+    check_same(before, small, x=draw(1, 16, 6, 6))
+
+
+def test_weights_stay_as_they_are_computed_where_both_would_have_to_be_stored() -> None:
+    before = standardised("t = Identity(w)")
+    small = shrunk(before)
+    assert "ReduceMean" in operators(small)
+    check_same(before, small, x=draw(1, 16, 6, 6))
+
+
+def test_an_extent_read_off_a_weight_does_not_keep_it() -> None:
+    """The bias of the second convolution is as long as its weight has rows, all of which stay."""
+    before = build(
+        """g (float[1, 3, 6, 6] x) => (float[1, 20, 6, 6] y) {
+            h = Conv(x, w) r = Relu(h) n = Shape<start = 0, end = 1>(u) zero = CastLike(o, x) b = Expand(zero, n)
+            y = Conv(r, u, b) }""",
+        w=dead(draw(8, 3, 1, 1), 0, 1, 2, 3, 4, 5),
+        u=draw(20, 8, 1, 1),
+        o=np.float32(0),
+        opset=18,
+    )
+    small = shrunk(before)
+    assert shapes(small)["u"] == (20, 2, 1, 1)
+    assert parameters(small) == 2 * 3 + 20 * 2 + 20
+    check_same(before, small, x=draw(1, 3, 6, 6))
+
+
+def test_what_is_computed_from_a_weight_is_counted_where_the_graph_reads_it() -> None:
+    graph = Graph(standardised())
+    sources = Sources(graph)
+    assert sources.of["n"] == {"w", "epsilon"}
+    assert "h" not in sources.of
+    assert not sources.swells("n", SMALL)
+    assert Sources(Graph(standardised("t = Identity(w)"))).swells("n", SMALL)
+    assert sources.behind("n", analyse(graph).derived) == {"w", "epsilon"}
+    assert sources.behind("h", analyse(graph).derived) == set()
