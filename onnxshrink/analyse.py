@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -123,6 +123,9 @@ class Analysis:
         return Operand(name, shape, dtype, self.known.get(name), unit=unit, infinite=infinite)
 
 
+Note = Callable[[Analysis, View, "Rule | None"], None]
+
+
 def analyse(graph: Graph, lookup: Lookup = rule_of) -> Analysis:
     """Facts of every tensor of `graph`; `lookup` finds the rule of a node, in the registry unless told otherwise."""
     analysis = _forward_pass(graph, lookup)
@@ -148,7 +151,7 @@ def begin(graph: Graph, lookup: Lookup = rule_of) -> Analysis:
 def _forward_pass(graph: Graph, lookup: Lookup) -> Analysis:
     analysis = begin(graph, lookup)
     for node in graph.nodes:
-        _forward(analysis, node)
+        forward(analysis, node)
     return analysis
 
 
@@ -204,7 +207,7 @@ def find_needed(analysis: Analysis) -> None:
 def update_known(analysis: Analysis, node: Node) -> None:
     """Work out again what is known of the outputs of one node, from what is known of its inputs now."""
     analysis.refusals[:] = [refusal for refusal in analysis.refusals if refusal.node != node.label]
-    _forward(analysis, node)
+    forward(analysis, node)
 
 
 def update_needed(analysis: Analysis, node: Node) -> None:
@@ -220,7 +223,8 @@ def update_needed(analysis: Analysis, node: Node) -> None:
             _backward(analysis, reader)
 
 
-def _forward(analysis: Analysis, node: Node) -> None:
+def forward(analysis: Analysis, node: Node, note: Note | None = None) -> None:
+    """The forward analysis of one node; `note` says what is known of its outputs: by its rule unless told otherwise."""
     view = analysis.view(node)
     rule = analysis.lookup(node)
     if rule is not None and rule.refusal is None and not rule.decodes and _derive(analysis, view):
@@ -236,21 +240,28 @@ def _forward(analysis: Analysis, node: Node) -> None:
         rule, relation, reason = _relate(view, rule)
     analysis.rules[node.index] = rule
     analysis.relations[node.index] = relation
-    view = analysis.view(node, relation)
     if rule is None:
         analysis.refusals.append(Refusal(node.label, node.op, reason))
-        _note_infinite(analysis, view, None)
-        return
+    (note or _note_facts)(analysis, analysis.view(node, relation), rule)
+    if rule is not None and not rule.decodes:
+        _take_for_constants(analysis, node)
+
+
+def _note_facts(analysis: Analysis, view: View, rule: Rule | None) -> None:
+    """What is known of the outputs of a node."""
+    if rule is not None:
+        _note_known(analysis, view, rule)
+    _note_infinite(analysis, view, rule)
+
+
+def _note_known(analysis: Analysis, view: View, rule: Rule) -> None:
     facts: Sequence[Known | None] = rule.forward(view) if rule.forward else whole(view)
-    for name, fact in zip(node.outputs, facts, strict=True):
+    for name, fact in zip(view.node.outputs, facts, strict=True):
         if name and fact is not None and fact.anything:
             analysis.known[name] = fact
     unit = rule.unit(view) if rule.unit is not None else None
     if unit is not None:
-        analysis.unit[node.outputs[0]] = unit
-    _note_infinite(analysis, view, rule)
-    if not rule.decodes:
-        _take_for_constants(analysis, node)
+        analysis.unit[view.node.outputs[0]] = unit
 
 
 def _note_infinite(analysis: Analysis, view: View, rule: Rule | None) -> None:

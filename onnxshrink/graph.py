@@ -293,6 +293,7 @@ class Graph:
         self.inputs = self._interface()
         self.outputs = tuple(value.name for value in skeleton.graph.output)
         self._inferences = 0
+        self.refined: dict[str, tuple[Shape | None, int]] = {}  # shapes and types that `refine` found
         self._types = self._infer_types()
 
     def _interface(self) -> tuple[str, ...]:
@@ -339,8 +340,13 @@ class Graph:
         self._inferences += 1
         found = {name: (self._own(shape), kind) for name, (shape, kind) in self._infer_types(values, shapes).items()}
         better = {n: t for n, t in found.items() if t[1] and _tells_more(t[0], self._types.get(n, (None, 0))[0])}
-        self._types.update(better)
+        self.recall(better)
         return bool(better)
+
+    def recall(self, types: Mapping[str, tuple[Shape | None, int]]) -> None:
+        """Take over shapes and types that `refine` found, here or elsewhere."""
+        self.refined.update(types)
+        self._types.update(types)
 
     def _own(self, shape: Shape | None) -> Shape | None:
         """A shape whose invented symbols differ from those of other rounds of inference."""
