@@ -145,6 +145,8 @@ def begin(graph: Graph, lookup: Lookup = rule_of) -> Analysis:
     for name in graph.inputs:
         # A mask that is given may well hold infinities.
         analysis.infinite[name] = everything(analysis.rank(name))
+    for name in graph.outputs:
+        analysis.needed[name], analysis.blind[name] = everything(analysis.rank(name)), None
     return analysis
 
 

@@ -40,11 +40,12 @@ _LITERALS = {"value_float": np.float32, "value_floats": np.float32, "value_int":
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def load_masks(path: str | Path) -> dict[str, Any]:
+def load_masks(path: str | Path, map_location: Any = None) -> dict[str, Any]:
     """Read a mask file: `.npz`, `.pt` or `.pth` (needs PyTorch), or `.safetensors` (needs that package).
 
     Returns the dictionary as stored, flat or by module: `flatten_masks` brings both into one form. Nothing in the file
-    is executed: `.npz` is read without pickles and PyTorch files with `weights_only=True`.
+    is executed: `.npz` is read without pickles and PyTorch files with `weights_only=True`. `map_location` says where
+    PyTorch puts its tensors while it reads; None: in main memory.
 
     Raises InputError for a missing or broken file, an unknown suffix, a missing package, and pickled objects.
     """
@@ -57,7 +58,7 @@ def load_masks(path: str | Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            masks = read(path)
+            masks = read(path, map_location)
     except InputError:
         raise
     except Exception as error:  # the parsers raise whatever broken bytes lead them to
@@ -68,7 +69,7 @@ def load_masks(path: str | Path) -> dict[str, Any]:
     return dict(masks)
 
 
-def _read_npz(path: Path) -> Mapping[str, Any]:
+def _read_npz(path: Path, _: Any) -> Mapping[str, Any]:
     with path.open("rb") as file:
         archive = np.load(file, allow_pickle=False)
         if isinstance(archive, np.ndarray):
@@ -76,12 +77,12 @@ def _read_npz(path: Path) -> Mapping[str, Any]:
         return {name: archive[name] for name in archive.files}
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, map_location: Any) -> Any:
     torch = _optional("torch", path, "PyTorch (pip install 'onnxshrink[torch]')")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu" if map_location is None else map_location, weights_only=True)
 
 
-def _read_safetensors(path: Path) -> Any:
+def _read_safetensors(path: Path, _: Any) -> Any:
     return _optional("safetensors.numpy", path, "the package safetensors").load_file(path)
 
 
@@ -92,7 +93,7 @@ def _optional(module: str, path: Path, package: str) -> Any:
         raise InputError(f"mask file {path}: reading it needs {package}") from error
 
 
-_READERS: Mapping[str, Callable[[Path], Any]] = {
+_READERS: Mapping[str, Callable[[Path, Any], Any]] = {
     ".npz": _read_npz,
     ".pt": _read_torch,
     ".pth": _read_torch,

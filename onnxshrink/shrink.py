@@ -67,7 +67,7 @@ class ShrinkResult:
 
 
 @dataclass(frozen=True, eq=False)
-class _Source:
+class Source:
     """What comes in.
 
     Attributes:
@@ -140,22 +140,10 @@ def shrink(
     own = tuple(replace_functions or ())
     source, zeroed = _zeroed(_load(model, masks, own), zero_tolerance, own)
     step("analysing")
-    analysis = analyse(source.graph, _lookup(probe, replace_functions))
-    step("cutting")
-    form = _choose(source, analysis, align, timing, inputs or {}, seed)
-    small, equivalence, note = _checked(form, analysis), None, form.note
-    if small is not None and (verify or analysis.unproven()):
-        step("comparing")
-        try:
-            equivalence = _verify(source, small, form.plan, inputs, samples, seed)
-        except OutputsDiffer as error:
-            note = _excuse(source, error, inputs, samples, seed)
-            if note is None:
-                raise
-            small = None
-    final = _whole(source, masks is not None or zeroed > 0) if small is None else small.proto
-    told = _report(source, analysis, form, small, equivalence, note, zeroed)
-    result = ShrinkResult(final, told, form.plan, source.external, source.files)
+    analysis = analyse(source.graph, lookup_for(probe, replace_functions))
+    private = masks is not None or zeroed > 0
+    options = Options(verify, inputs, samples, seed, align, timing, zeroed, private, step)
+    result = conclude(source, analysis, options)
     step("writing")
     if output is not None:
         result.save(output)
@@ -164,10 +152,58 @@ def shrink(
     return result
 
 
-def _lookup(probe: int, functions: Mapping[str, ReplaceFunction] | None) -> Lookup:
-    """Where the rules come from. Raises InputError."""
+@dataclass(frozen=True, eq=False)
+class Options:
+    """How to finish once the facts are there; as in `shrink`, and:
+
+    Attributes:
+        zeroed: how many weights near zero were set to zero.
+        private: whether nobody else holds the model that came in.
+    """
+
+    verify: bool = True
+    inputs: Mapping[str, Array] | None = None
+    samples: int = 2
+    seed: int = 0
+    align: str | int = "none"
+    timing: bool = True
+    zeroed: int = 0
+    private: bool = False
+    step: Callable[[str], None] = lambda name: None
+
+
+def conclude(source: Source, analysis: Analysis, options: Options) -> ShrinkResult:
+    """The result for a model with its facts: planned, cut, compared. Raises what `shrink` raises."""
+    inputs, samples, seed = options.inputs, options.samples, options.seed
+    options.step("cutting")
+    form = _choose(source, analysis, options.align, options.timing, inputs or {}, seed)
+    small, equivalence, note = _checked(form, analysis), None, form.note
+    if small is not None and (options.verify or analysis.unproven()):
+        options.step("comparing")
+        try:
+            equivalence = _verify(source, small, form.plan, inputs, samples, seed)
+        except OutputsDiffer as error:
+            note = _excuse(source, error, inputs, samples, seed)
+            if note is None:
+                raise
+            small = None
+    final = _whole(source, options.private) if small is None else small.proto
+    told = _report(source, analysis, form, small, equivalence, note, options.zeroed)
+    return ShrinkResult(final, told, form.plan, source.external, source.files)
+
+
+def lookup_for(probe: int, functions: Mapping[str, ReplaceFunction] | None, samples: int = DEFAULT_SAMPLES) -> Lookup:
+    """Where the rules come from; `samples` are drawn for operators that have a function and no rule.
+
+    Raises InputError.
+    """
     lookup: Lookup = prober(probe) if probe else rule_of
-    return replacer(functions, probe or DEFAULT_SAMPLES, lookup) if functions else lookup
+    return replacer(functions, probe or samples, lookup) if functions else lookup
+
+
+def open_model(model: onnx.ModelProto, keep: Collection[str] = ()) -> Source:
+    """A model that nobody else changes, as `conclude` takes it; `keep` as in `Graph`. Raises InputError."""
+    return _load(model, None, keep)
 
 
 # --- what comes in -------------------------------------------------------------------------------------------------
@@ -193,7 +229,7 @@ def _real(path: PathLike) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _load(model: ModelLike, masks: MaskTree | PathLike | None, keep: Collection[str]) -> _Source:
+def _load(model: ModelLike, masks: MaskTree | PathLike | None, keep: Collection[str]) -> Source:
     if masks is None:
         graph, reference = Graph(model, keep), model
         data = _data_files(graph.proto, graph.folder)
@@ -204,12 +240,12 @@ def _load(model: ModelLike, masks: MaskTree | PathLike | None, keep: Collection[
         reference = apply_masks(_with_data(proto, folder), tree)
         graph = Graph(reference, keep)
     if isinstance(model, onnx.ModelProto):
-        return _Source(reference, graph, _nbytes(model), frozenset(), False)
+        return Source(reference, graph, _nbytes(model), frozenset(), False)
     files = frozenset({_real(model), *data})
-    return _Source(reference, graph, sum(file.stat().st_size for file in files), files, bool(data))
+    return Source(reference, graph, sum(file.stat().st_size for file in files), files, bool(data))
 
 
-def _zeroed(source: _Source, tolerance: float, keep: Collection[str]) -> tuple[_Source, int]:
+def _zeroed(source: Source, tolerance: float, keep: Collection[str]) -> tuple[Source, int]:
     """The source with weights near zero set to zero, and how many they were."""
     if tolerance == 0:
         return source, 0
@@ -235,7 +271,7 @@ def _with_data(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
     return model
 
 
-def _whole(source: _Source, private: bool) -> onnx.ModelProto:
+def _whole(source: Source, private: bool) -> onnx.ModelProto:
     """The model as it came in, with all its weights, in an object that nobody else holds."""
     if private or not isinstance(source.model, onnx.ModelProto):
         return _with_data(source.graph.proto, source.graph.folder)
@@ -264,7 +300,7 @@ class _Form:
 
 
 def _choose(
-    source: _Source, analysis: Analysis, align: str | int, timing: bool, inputs: Mapping[str, Array], seed: int
+    source: Source, analysis: Analysis, align: str | int, timing: bool, inputs: Mapping[str, Array], seed: int
 ) -> _Form:
     plan = make_plan(analysis, Alignment(align) if isinstance(align, int) else None)
     model = _carry_out(analysis, plan)
@@ -336,7 +372,7 @@ def _check(model: onnx.ModelProto, source: Graph) -> None:
 
 
 def _verify(
-    source: _Source, small: Graph, plan: Plan, inputs: Mapping[str, Array] | None, samples: int, seed: int
+    source: Source, small: Graph, plan: Plan, inputs: Mapping[str, Array] | None, samples: int, seed: int
 ) -> Equivalence:
     kept = {name: axes for name, axes in plan.kept.items() if name in plan.present}
     try:
@@ -348,7 +384,7 @@ def _verify(
 
 
 def _excuse(
-    source: _Source, error: OutputsDiffer, inputs: Mapping[str, Array] | None, samples: int, seed: int
+    source: Source, error: OutputsDiffer, inputs: Mapping[str, Array] | None, samples: int, seed: int
 ) -> str | None:
     """Why a difference is rounding and no fault: the model does as much to a change of its inputs' last bit."""
     if error.equivalence is None or error.divergence is None:
@@ -364,7 +400,7 @@ def _excuse(
 
 
 def _report(
-    source: _Source,
+    source: Source,
     analysis: Analysis,
     form: _Form,
     small: Graph | None,

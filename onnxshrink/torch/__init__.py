@@ -8,5 +8,6 @@ except ImportError as error:
     raise ImportError("onnxshrink.torch needs PyTorch: pip install 'onnxshrink[torch]'") from error
 
 from onnxshrink.torch.export import export, export_onnx, masked_copy
+from onnxshrink.torch.speedup import ModelSpeedup
 
-__all__ = ["export", "export_onnx", "masked_copy"]
+__all__ = ["ModelSpeedup", "export", "export_onnx", "masked_copy"]
