@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from onnxshrink.bench.tasks import Tasks
 from onnxshrink.errors import InputError
 from onnxshrink.graph import ModelLike
 from onnxshrink.planning.data import Plan
-from onnxshrink.speed.choose import Forms, fastest, is_short
+from onnxshrink.speed.choose import ALIKE, Form, Forms, fastest, is_short
 from onnxshrink.speed.kernels import load_kernels
 from onnxshrink.speed.latency import Latency
 from onnxshrink.weights import Array
@@ -95,8 +95,7 @@ class _Contest:
             self._before = float(np.median(before))
             entrants = [form for form, _ in made]
             self._tried |= {form.name: float(np.median(s)) for form, s in zip(entrants, after, strict=True)}
-            # Round by round: what slows down the machine slows down all of them.
-            best = entrants.index(fastest(entrants, [float(np.median(seconds / before)) for seconds in after]))
+            best = entrants.index(_winner(entrants, after))
             timing, nodes = make_timing(before, after[best]), self._profile(made[best][1])
             if timing.verdict != "slower":
                 latency = Latency(timing, entrants[best].name, dict(self._tried), nodes)
@@ -132,3 +131,11 @@ class _Contest:
             f"every smaller form that was tried runs slower than the input ({best:.2f} times as long at best); "
             "--align none removes what can go all the same"
         )
+
+
+def _winner(entrants: Sequence[Form], taken: Sequence[Array]) -> Form:
+    """Of the forms that cannot be told from the fastest, the one predicted to be it; of equal ones the smallest."""
+    first = taken[int(np.argmin([np.median(seconds) for seconds in taken]))]
+    timings = [make_timing(first, seconds) for seconds in taken]
+    alive = [form for form, timing in zip(entrants, timings, strict=True) if min(timing.low, timing.ratio / ALIKE) <= 1]
+    return fastest(alive, [form.seconds for form in alive])

@@ -17,7 +17,7 @@ from onnxshrink.speed.mixture import MULTIPLES, Mixture
 
 MOST_MORE = 1.10  # parameters, by those of the smallest form
 _ROOM = 1.08  # the same for the mixture: its plan may come out a little larger than predicted
-_ALIKE = 0.01  # forms that differ by less in time: the smallest of them is as good
+ALIKE = 1.01  # forms that differ by less in time: the smallest of them is as good
 _FAR = 1.2  # forms that are predicted to take so much longer than the best are not timed
 _TIMED = 4  # forms that are timed at most, besides the smallest
 _TOO_SHORT = 5e-5  # seconds of a run
@@ -112,7 +112,7 @@ def is_short(analysis: Analysis) -> bool:
 
 def fastest(forms: Sequence[Form], seconds: Sequence[float]) -> Form:
     """The smallest of those that are as good as the fastest."""
-    limit = min(seconds) * (1 + _ALIKE)
+    limit = min(seconds) * ALIKE
     good = [form for form, value in zip(forms, seconds, strict=True) if value <= limit]
     return min(good, key=lambda form: form.parameters)
 
