@@ -152,6 +152,11 @@ def make_skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
             skeleton.graph.input.append(_as_input(node.output[0], value))
         else:
             skeleton.graph.node.append(node)
+    for described in (*skeleton.graph.input, *skeleton.graph.value_info, *skeleton.graph.output):
+        for dim in described.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:
+                # What some converters write for a free dimension.
+                dim.Clear()
     return skeleton
 
 

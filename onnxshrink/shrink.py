@@ -35,6 +35,9 @@ _TIMED_BYTES = 1 << 30
 # An error counts as rounding that the model amplifies when it is within so many times what the rounding of the inputs
 # alone does to the outputs: every layer rounds too, and its sums are taken in another order.
 _AMPLIFIED = 30.0
+# Rounding alone makes a few hundredths of the limit. Where the outputs differ by more than the first share of it, and
+# the rounding of the inputs' last bit alone makes more than the second, other inputs may well be beyond the limit.
+_DOUBTFUL, _UNSTABLE = 0.2, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,13 +183,8 @@ def conclude(source: Source, analysis: Analysis, options: Options) -> ShrinkResu
     small, equivalence, note = _checked(form, analysis), None, form.note
     if small is not None and (options.verify or analysis.unproven()):
         options.step("comparing")
-        try:
-            equivalence = _verify(source, small, form.plan, inputs, samples, seed)
-        except OutputsDiffer as error:
-            note = _excuse(source, error, inputs, samples, seed)
-            if note is None:
-                raise
-            small = None
+        equivalence, excuse = _examine(source, small, form.plan, inputs, samples, seed)
+        small, note = (small, note) if excuse is None else (None, excuse)
     final = _whole(source, options.private) if small is None else small.proto
     told = _report(source, analysis, form, small, equivalence, note, options.zeroed)
     return ShrinkResult(final, told, form.plan, source.external, source.files)
@@ -371,6 +369,24 @@ def _check(model: onnx.ModelProto, source: Graph) -> None:
         raise
 
 
+def _examine(
+    source: Source, small: Graph, plan: Plan, inputs: Mapping[str, Array] | None, samples: int, seed: int
+) -> tuple[Equivalence | None, str | None]:
+    """The comparison; or why it says nothing. Raises OutputsDiffer where the outputs differ without an excuse."""
+    try:
+        equivalence = _verify(source, small, plan, inputs, samples, seed)
+    except OutputsDiffer as error:
+        note = _excuse(source, error, inputs, samples, seed)
+        if note is None:
+            raise
+        return None, note
+    if equivalence.error > _DOUBTFUL * equivalence.limit:
+        moved = amplification(source.model, inputs=inputs, samples=samples, seed=seed)
+        if moved > _UNSTABLE * equivalence.limit:
+            return None, _amplified(equivalence.error, moved, "the model")
+    return equivalence, None
+
+
 def _verify(
     source: Source, small: Graph, plan: Plan, inputs: Mapping[str, Array] | None, samples: int, seed: int
 ) -> Equivalence:
@@ -392,9 +408,13 @@ def _excuse(
     moved = amplification(source.model, inputs=inputs, samples=samples, seed=seed)
     if error.equivalence.error > _AMPLIFIED * moved:
         return None
+    return _amplified(error.equivalence.error, moved, error.divergence.node or error.divergence.tensor)
+
+
+def _amplified(error: float, moved: float, culprit: str) -> str:
     return (
-        f"rounding differences are amplified beyond the limit by {error.divergence.node or error.divergence.tensor} "
-        f"({error.equivalence.error:.1e} of the range; a change in the inputs' last bit makes {moved:.1e}); "
+        f"rounding differences are amplified to the limit or beyond it by {culprit} "
+        f"({error:.1e} of the range; a change in the inputs' last bit makes {moved:.1e}); "
         "pass --no-verify (in Python, verify=False) to shrink anyway"
     )
 

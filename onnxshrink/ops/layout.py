@@ -43,6 +43,8 @@ def _reshape(view: View) -> Relation:
     target = list(_shape(view.output()))
     given = view.input(1)
     if given is not None and given.shape is not None:
+        if given.rank == 1 and given.extent(0) not in (None, len(target)):
+            raise UnresolvedError("the output is declared with another rank than the target has")
         _complete(target, given.known)
     relation = reshape(_shape(view.data()), tuple(target))
     if relation.periods and given is not None and _infers_other(given.known, set(relation.periods)):
