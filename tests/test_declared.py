@@ -1,0 +1,35 @@
+"""What a model declares of its tensors need not be so: negative extents, and ranks that its own targets contradict."""
+
+from __future__ import annotations
+
+import numpy as np
+from models import build, check_same, dead, draw, shapes, shrunk
+
+
+def test_a_negative_extent_is_a_free_one() -> None:
+    model = build(
+        "g (float[N, 3, H, W] x) => (float[N, 2, H, W] y) { h = Conv(x, w) r = Relu(h) y = Conv(r, u) }",
+        w=dead(draw(6, 3, 1, 1), 1, 2, 5),
+        u=draw(2, 6, 1, 1),
+    )
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = -1
+    small = shrunk(model)
+    assert shapes(small) == {"w": (3, 3, 1, 1), "u": (2, 3, 1, 1)}
+    assert [d.dim_value for d in small.graph.input[0].type.tensor_type.shape.dim] == [-1, 3, -1, -1]
+    check_same(model, small, x=draw(2, 3, 4, 5))
+
+
+def test_an_output_that_is_declared_with_another_rank_is_kept_whole() -> None:
+    model = build(
+        """g (float[4, 3] x) => (float[4, 5] y) {
+            h = MatMul(x, w) r = Relu(h) o = MatMul(r, u) y = Reshape(o, target) }""",
+        w=dead(draw(3, 6), 0, 4, axis=1),
+        u=draw(6, 5),
+        target=np.array([2, 2, 5]),
+    )
+    small = shrunk(model)
+    assert shapes(small)["w"] == (3, 4)
+    check_same(model, small, x=draw(4, 3))
