@@ -31,6 +31,7 @@ EXIT_INTERNAL = 4
 EXIT_INTERRUPTED = 130
 _EPILOG = """exit codes:
   0  done (for shrink: OUT is written)
+  1  of the models of a folder, some could not be shrunk; the others are written
   2  bad usage, or a file that cannot be used; nothing is written
   3  the outputs differ; nothing is written
   4  internal error; nothing is written

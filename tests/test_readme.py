@@ -71,11 +71,11 @@ def options(text: str) -> set[str]:
 
 @pytest.mark.parametrize("command", ["shrink", "verify", "bench"])
 def test_usage_names_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    usage = re.search(rf"    onnxshrink {command} (.*?)(?=\n    onnxshrink|\n\n)", README, re.DOTALL)
+    usage = " ".join(re.findall(rf"    onnxshrink {command} (.*?)(?=\n    onnxshrink|\n\n)", README, re.DOTALL))
     assert usage
     assert cli.main([command, "--help"]) == 0
     offered = {option for option in options(capsys.readouterr().out.partition("exit codes")[0]) if option[:2] == "--"}
-    named = {option for option in options(usage[1]) if option[:2] == "--"}
+    named = {option for option in options(usage) if option[:2] == "--"}
     assert named == offered - {"--help", "--traceback", "--output", "--quiet"}
 
 

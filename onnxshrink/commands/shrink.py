@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 
+from onnxshrink.commands import folder
 from onnxshrink.commands.common import add_inputs, make_console, progress, read_inputs
+from onnxshrink.errors import InputError
 
 TEXT = "Write a smaller model that computes the same."
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    parser.add_argument("model", metavar="MODEL.onnx", help="the model, with zeros where it is pruned")
-    parser.add_argument("-o", "--output", metavar="OUT.onnx", required=True, help="the smaller model; may be MODEL")
+    parser.add_argument(
+        "model", metavar="MODEL.onnx", help="the model, with zeros where it is pruned; or a folder with models"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT.onnx",
+        required=True,
+        help="the smaller model, or the folder for them; may be MODEL",
+    )
     parser.add_argument(
         "--masks", metavar="FILE", help="0/1 arrays by weight name: .npz, .pt, .pth or .safetensors; applied first"
     )
@@ -29,6 +40,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--zero-tolerance", metavar="T", type=float, default=0.0, help="weights up to T count as zero (0); lossy"
     )
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="of a folder, so many models at a time, a process each (1)"
+    )
     add_inputs(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing unless something is wrong")
 
@@ -43,6 +57,10 @@ def _align(text: str) -> str | int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry it out; the exit code."""
+    if os.path.isdir(arguments.model):
+        return folder.run(arguments)
+    if arguments.jobs != 1:
+        raise InputError(f"--jobs {arguments.jobs}: is for a folder of models; {arguments.model} is none")
     from onnxshrink.shrink import shrink
 
     inputs = read_inputs(arguments.inputs)
