@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -35,13 +35,22 @@ _AUDIO = 1024  # longer than this only for floats of rank 1 to 3: attention over
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One way to size the free dimensions: a row of `_SIZES`, the batch, the cap of integers, and growth per sample."""
+    """One way to size the free dimensions: a row of `_SIZES`, the batch, the cap of integers, and growth per sample.
+
+    `states`: the free axis between two fixed ones is the batch, as in the state of a recurrent layer.
+    """
 
     row: int = 0
     batch: int = 2
     cap: int = 10
     grow_batch: int = 0
     grow: int = 0
+    states: bool = False
+
+    def axis(self, dims: tuple[Size, ...], axis: int) -> Axis:
+        """What a free axis is taken for."""
+        fixed = [isinstance(dim, int) for dim in dims]
+        return "batch" if self.states and fixed == [True, False, True] else _axis(dims, axis)
 
     def size(self, axis: Axis, audio: bool) -> int:
         height, width, length = _SIZES[self.row]
@@ -56,9 +65,10 @@ class _Attempt:
 
 
 _ALL = [
-    _Attempt(row, batch, cap)
-    for row, batch, cap in sorted(
-        product(range(len(_SIZES)), (2, 1), _CAPS), key=lambda a: a[0] + 2 - a[1] + _CAPS.index(a[2])
+    _Attempt(row, batch, cap, states=states)
+    for states, row, batch, cap in sorted(
+        product((False, True), range(len(_SIZES)), (2, 1), _CAPS),
+        key=lambda a: (a[0], a[1] + 2 - a[2] + _CAPS.index(a[3])),
     )
 ]
 
@@ -66,7 +76,7 @@ _ALL = [
 def _grown(worked: _Attempt, sample: int) -> list[_Attempt]:
     """Attempts for a later sample: every free dimension grows, or the batch alone, or nothing."""
     options = [(sample, sample), (sample, 0), (0, 0)]
-    return [_Attempt(worked.row, worked.batch, worked.cap, batch, grow) for batch, grow in options]
+    return [replace(worked, grow_batch=batch, grow=grow) for batch, grow in options]
 
 
 # A symbol's name says what it measures, more surely than its position does.
@@ -100,7 +110,7 @@ def _choose_sizes(inputs: Iterable[Input], given: Mapping[str, Array], attempt: 
     audio = {d for item, _, d in free if item.dtype.kind == "f" and len(item.dims or ()) <= 3}
     for item, axis, dim in free:
         if dim not in sizes and "+" not in dim:
-            sizes[dim] = attempt.size(_axis(item.dims or (), axis), dim in audio)
+            sizes[dim] = attempt.size(attempt.axis(item.dims or (), axis), dim in audio)
     for dim in (d for _, _, d in free if d not in sizes):  # "past + sequence": the extent of two joined axes
         parts = [part.strip() for part in dim.split("+")]
         sizes[dim] = sum(int(p) if p.isdigit() else sizes.get(p, attempt.size("length", False)) for p in parts)

@@ -273,3 +273,19 @@ def test_sequences_are_drawn_and_unknown_ranks_are_refused() -> None:
     unknown = Input("x", onnx.TensorProto.FLOAT, None)
     with pytest.raises(InputError, match=r"input 'x' has no known rank: give it with --input x=FILE\.npy"):
         draw_runnable([unknown], {}, lambda feed: [], 1, 0)
+
+
+def test_a_state_between_fixed_extents_has_the_batch_of_the_data_where_nothing_else_runs() -> None:
+    """A recurrent layer's state is layers by batch by units, and its dimensions may have no names."""
+    inputs = describe(model("(float[A, B] x, float[2, C, 8] h) => (float y) { y = Identity(x) }"))
+    seen = []
+
+    def run(feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        seen.append(feed["h"].shape)
+        if feed["h"].shape[1] != feed["x"].shape[0] or feed["x"].shape[1] < 100:
+            raise RunError("another batch")
+        return [feed["x"]]
+
+    feeds = [feed for feed, _ in draw_runnable(inputs, {}, run, samples=2, seed=0)]
+    assert [feed["h"].shape for feed in feeds] == [(2, 2, 8), (2, 3, 8)]
+    assert seen[0] == (2, 7, 8)
