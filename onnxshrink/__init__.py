@@ -16,7 +16,8 @@ from onnxshrink.version import __version__
 if TYPE_CHECKING:
     from onnxshrink.custom import rule
     from onnxshrink.report import Report
-    from onnxshrink.shrink import ShrinkResult, shrink
+    from onnxshrink.result import ShrinkResult
+    from onnxshrink.shrink import shrink
     from onnxshrink.verify import Equivalence, OutputsDiffer, verify
 
 __all__ = [
@@ -40,7 +41,7 @@ _HOMES = {
     "Equivalence": "verify",
     "OutputsDiffer": "verify",
     "Report": "report",
-    "ShrinkResult": "shrink",
+    "ShrinkResult": "result",
     "rule": "custom",
     "shrink": "shrink",
     "verify": "verify",

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnxshrink.analyse import Analysis
 from onnxshrink.edit import Editor
 from onnxshrink.graph import Node
+from onnxshrink.lazy import LazyModel
 from onnxshrink.notation import Relation, joined_inputs
 from onnxshrink.planning.data import Kept, Plan
 from onnxshrink.registry import Rewrite
 from onnxshrink.view import Operand, View
-from onnxshrink.weights import Array, same
+from onnxshrink.weights import Array, Values, taken
 
 
-def apply(analysis: Analysis, plan: Plan) -> onnx.ModelProto:
-    """The smaller model. The graph that was analysed is not changed."""
+def apply(analysis: Analysis, plan: Plan) -> LazyModel:
+    """The smaller model; its weights are cut when they are read. The graph that was analysed is not changed."""
     editor = Editor(analysis.graph)
     for node in analysis.graph.nodes:
         if node.index in analysis.taken:
@@ -68,14 +67,6 @@ def plan_view(analysis: Analysis, plan: Plan, node: Node) -> View:
     return view
 
 
-def taken(array: Array, kept: Kept) -> Array:
-    """`array` with every axis cut to what is kept; a compressed axis stays as it is."""
-    for axis, mask in enumerate(kept):
-        if mask is not None and array.shape[axis] == mask.size and not mask.all():
-            array = array.compress(mask, axis=axis)
-    return array
-
-
 class _Site:
     """One node being rewritten."""
 
@@ -119,10 +110,11 @@ class _Site:
                 continue
             if slot in frozen:
                 value = np.asarray(taken(frozen[slot], kept), order="C")
-                self._connect(slot, operand, partial(same, value), None)
+                self._connect(slot, operand, Values.of(value), None)
             elif any(mask is not None and not mask.all() for mask in kept) or self._is_folded(operand):
                 key = (operand.name, tuple(None if m is None else m.tobytes() for m in kept))
-                self._connect(slot, operand, partial(_slice, operand, kept), key)
+                assert operand.constant is not None
+                self._connect(slot, operand, operand.constant.cut(kept), key)
 
     def _is_folded(self, operand: Operand) -> bool:
         """Whether a constant is computed from others that it may free when written out: integers, or cut weights."""
@@ -133,8 +125,8 @@ class _Site:
         freed = sum(self.analysis.constants[name].nbytes for name in sources & self.cut)
         return weights.dtype.kind in "iub" or weights.nbytes < freed
 
-    def _connect(self, slot: int, operand: Operand, read: Callable[[], Array], key: Any) -> None:
-        tensor = self.editor.constant(f"{operand.name}_shrunk", read, key)
+    def _connect(self, slot: int, operand: Operand, values: Values, key: Any) -> None:
+        tensor = self.editor.constant(f"{operand.name}_shrunk", values, key)
         self.editor.set_input(self.target, slot, tensor)
 
     def _replace(self, slot: int, value: Array | Callable[[], Array]) -> None:
@@ -174,8 +166,3 @@ class _Site:
             target = self.editor.scale(target, rewrite.multiply)
         if rewrite.add is not None:
             self.editor.add(target, rewrite.add)
-
-
-def _slice(operand: Operand, kept: Kept) -> Array:
-    assert operand.constant is not None
-    return taken(operand.constant.array(), kept)

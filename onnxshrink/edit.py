@@ -19,8 +19,10 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxshrink.flatten import Scope
-from onnxshrink.graph import Graph, Node, copy_fields
-from onnxshrink.weights import Array, read_tensor, same
+from onnxshrink.graph import Graph, Node
+from onnxshrink.lazy import LazyModel
+from onnxshrink.protos import copy_fields
+from onnxshrink.weights import Array, Values, same
 
 Read = Callable[[], Array]
 
@@ -52,7 +54,7 @@ class Editor:
                 if name:
                     self._by_output[name] = node
         self._tensors: dict[str, gs.Tensor] = self._wiring.tensors()
-        self._arrays: dict[str, Read] = {}
+        self._arrays: dict[str, Read | Values] = {}
         self._shared: dict[Any, gs.Tensor] = {}
         self._additions: list[tuple[gs.Node, Array]] = []
         self._before: dict[int, list[gs.Node]] = {}
@@ -76,8 +78,11 @@ class Editor:
 
     # --- changing -----------------------------------------------------------------------------------------------
 
-    def constant(self, wish: str, read: Read, key: Any = None) -> gs.Tensor:
-        """A new constant tensor, read when the model is exported; one and the same for equal keys."""
+    def constant(self, wish: str, read: Read | Values, key: Any = None) -> gs.Tensor:
+        """A new constant tensor, one and the same for equal keys.
+
+        What it holds is asked for when the model is exported, of `Values` the elements when they are written.
+        """
         if key is not None and key in self._shared:
             return self._shared[key]
         tensor = gs.Variable(self._name(wish))
@@ -214,7 +219,8 @@ class Editor:
     def _reader(self, name: str) -> Read | None:
         """How to read a constant tensor, None when the name is no constant."""
         if name in self._arrays:
-            return self._arrays[name]
+            found = self._arrays[name]
+            return found.array if isinstance(found, Values) else found
         constant = self._graph.constants.get(name)
         return None if constant is None else constant.array
 
@@ -279,7 +285,7 @@ class Editor:
 
     # --- writing ------------------------------------------------------------------------------------------------
 
-    def export(self, extents: Mapping[str, list[int | None]]) -> onnx.ModelProto:
+    def export(self, extents: Mapping[str, list[int | None]]) -> LazyModel:
         """The changed model.
 
         Args:
@@ -301,12 +307,13 @@ class Editor:
         nodes = self._scope_nodes(None, renamed, extents)
         model.graph.node.extend(self._constant_nodes(read, renamed))
         model.graph.node.extend(nodes)
-        self._export_weights(model, read, renamed)
+        lazy = LazyModel(model)
+        self._export_weights(lazy, read, renamed)
         self._export_inputs(model)
         made = {tensor.name for node in self._wiring.nodes for tensor in node.outputs} & read
         copies = [v for v in self._graph.proto.graph.value_info if v.name in made]
         model.graph.value_info.extend(_resized(value, value.name, extents) for value in copies)
-        return model
+        return lazy
 
     def _scope_nodes(
         self, scope: Scope | None, renamed: Mapping[str, str], extents: Mapping[str, list[int | None]]
@@ -377,30 +384,22 @@ class Editor:
             if node.op_type == "Constant" and node.output[0] in read and node.output[0] not in there
         ]
 
-    def _export_weights(self, model: onnx.ModelProto, read: set[str], renamed: Mapping[str, str]) -> None:
+    def _export_weights(self, model: LazyModel, read: set[str], renamed: Mapping[str, str]) -> None:
         replaced = set(renamed.values())
-        overridable = {value.name for value in self._graph.proto.graph.input} - set(self._graph.constants)
-        for tensor in self._graph.proto.graph.initializer:
+        graph = self._graph.proto.graph
+        overridable = {value.name for value in graph.input} - set(self._graph.constants)
+        for tensor in graph.initializer:
             if (tensor.name in read or tensor.name in overridable) and tensor.name not in replaced:
-                self._append_weight(model, tensor)
+                model.add_again(tensor, self._graph.model.values.get(tensor.name))
         for name, tensor in self._graph.flat.constants.items():
             if name in read and name not in replaced:
-                self._append_weight(model, tensor)
-                model.graph.initializer[-1].name = name
-        for sparse in self._graph.proto.graph.sparse_initializer:
+                model.add_again(tensor, name=name)
+        for sparse in graph.sparse_initializer:
             if sparse.values.name in read:
-                model.graph.sparse_initializer.append(sparse)
-        for name, array in self._arrays.items():
+                model.proto.graph.sparse_initializer.append(sparse)
+        for name, found in self._arrays.items():
             if name in read:
-                target = model.graph.initializer.add()
-                target.CopyFrom(onnx.numpy_helper.from_array(np.asarray(array(), order="C"), renamed.get(name, name)))
-
-    def _append_weight(self, model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
-        target = model.graph.initializer.add()
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            target.CopyFrom(onnx.numpy_helper.from_array(read_tensor(tensor, self._graph.folder), tensor.name))
-        else:
-            target.CopyFrom(tensor)
+                model.add(renamed.get(name, name), found if isinstance(found, Values) else Values.of(found()))
 
     def _export_inputs(self, model: onnx.ModelProto) -> None:
         """The interface as it was; before IR version 4 every initializer is listed among the inputs too."""

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.inliner
-from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from onnxshrink.errors import InputError
-from onnxshrink.flatten import FlatNode, flatten, subgraphs
+from onnxshrink.flatten import FlatNode, flatten
+from onnxshrink.protos import copy_fields as copy_fields
+from onnxshrink.reading import ModelLike as ModelLike
+from onnxshrink.reading import first_line, read_model
+from onnxshrink.reading import load_proto as load_proto
 from onnxshrink.shapes import infer, with_knowledge
 from onnxshrink.stand_ins import checkable
 from onnxshrink.symbols import is_invented
-from onnxshrink.weights import Array, Constant, external_file, read_tensor, tensor_dtype
+from onnxshrink.weights import Array, Constant, Values, stored
 
 
 class Period(int):
@@ -34,14 +35,9 @@ class Period(int):
 
 Dim = int | str | None
 Shape = tuple[Dim, ...]
-ModelLike = str | os.PathLike[str] | onnx.ModelProto
 
 # Larger constants are left out of the skeleton: shape inference needs the small integer ones only.
 _INLINE_ELEMENTS = 256
-_WHOLE_BYTES = frozenset({
-    onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16,
-    onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.INT8, onnx.TensorProto.UINT8,
-})  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,19 +93,6 @@ def label_of(node: onnx.NodeProto, index: int = 0) -> str:
     return node.name or f"{node.op_type}({node.output[0] if node.output else index})"
 
 
-def copy_fields(source: Message, target: Message, leave: frozenset[str]) -> None:
-    """Copy every field that is set, except those in `leave`."""
-    for descriptor, value in source.ListFields():
-        if descriptor.name in leave:
-            continue
-        if isinstance(value, Message):
-            getattr(target, descriptor.name).CopyFrom(value)
-        elif isinstance(value, (str, bytes, int, float)):
-            setattr(target, descriptor.name, value)
-        else:
-            getattr(target, descriptor.name).MergeFrom(value)
-
-
 def _elements(tensor: onnx.TensorProto) -> int:
     return math.prod(tensor.dims)
 
@@ -142,7 +125,7 @@ def make_skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     copy_fields(model.graph, skeleton.graph, frozenset({"node", "initializer"}))
     inputs = {value.name for value in model.graph.input}
     for tensor in model.graph.initializer:
-        if _elements(tensor) <= _INLINE_ELEMENTS and tensor.data_location != onnx.TensorProto.EXTERNAL:
+        if _elements(tensor) <= _INLINE_ELEMENTS:
             skeleton.graph.initializer.append(tensor)
         elif tensor.name not in inputs:
             skeleton.graph.input.append(_as_input(tensor.name, tensor))
@@ -160,72 +143,13 @@ def make_skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     return skeleton
 
 
-def load_proto(model: ModelLike) -> tuple[onnx.ModelProto, Path | None]:
-    """The model without its external data, and the folder of the file. Raises InputError."""
-    if isinstance(model, onnx.ModelProto):
-        return model, None
-    path = Path(model)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
-    try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except DecodeError:
-        raise InputError(f"{path}: not an ONNX file, or truncated") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if not proto.HasField("graph"):
-        raise InputError(f"{path}: not an ONNX file: it holds no graph")
-    _read_in(proto, path.parent)
-    return proto, path.parent
-
-
-def _check_storage(model: onnx.ModelProto, folder: Path | None) -> None:
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            if folder is None:
-                raise InputError(f"{tensor.name!r} has external data that is not loaded; give the model as a file")
-            external_file(tensor, folder)
-        elif tensor.HasField("raw_data") and not _is_complete(tensor):
-            try:
-                onnx.checker.check_tensor(tensor)
-            except onnx.checker.ValidationError as error:
-                raise InputError(f"invalid model: initializer {tensor.name!r}: {_first_line(error)}") from None
-
-
-def _is_complete(tensor: onnx.TensorProto) -> bool:
-    """Whether as many bytes are there as the shape asks for; types of less than a byte are left to the checker."""
-    if tensor.data_type not in _WHOLE_BYTES:
-        return False
-    return len(tensor.raw_data) == _elements(tensor) * tensor_dtype(tensor).itemsize
-
-
-def _read_in(model: onnx.ModelProto, folder: Path) -> None:
-    """Read in external tensors other than initializers of the main graph: of `Constant` nodes and of bodies."""
-    bodies: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
-    while bodies:
-        body = bodies.pop()
-        tensors = [] if body is model.graph or isinstance(body, onnx.FunctionProto) else list(body.initializer)
-        for node in body.node:
-            tensors += [attribute.t for attribute in node.attribute if attribute.type == onnx.AttributeProto.TENSOR]
-            bodies += subgraphs(node)
-        for tensor in tensors:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                array = np.asarray(read_tensor(tensor, folder), order="C")
-                name = tensor.name
-                tensor.CopyFrom(onnx.numpy_helper.from_array(array, name))
-
-
 def _check_structure(skeleton: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(checkable(skeleton))
     except onnx.checker.ValidationError as error:
         # Some operators were deprecated at the opset that brought them in; runtimes run them all the same.
         if "is deprecated" not in str(error):
-            raise InputError(f"invalid model: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError(f"invalid model: {first_line(error)}") from None
 
 
 def _is_open(shape: Shape | None) -> bool:
@@ -275,7 +199,7 @@ class Graph:
     """The main graph of a model, read-only: its nodes in order, and for each tensor its shape, type and constant.
 
     Args:
-        model: a path or a `ModelProto`, which is not changed.
+        model: a path, a `ModelProto`, or a model without its larger weights; it is not changed.
         keep: model-local functions that stay nodes, by name (`Op` or `domain::Op`); all others are inlined.
 
     Raises:
@@ -283,8 +207,8 @@ class Graph:
     """
 
     def __init__(self, model: ModelLike, keep: Collection[str] = ()) -> None:
-        self.proto, self.folder = load_proto(model)
-        _check_storage(self.proto, self.folder)
+        self.model, _ = read_model(model)
+        self.proto = self.model.proto
         skeleton = make_skeleton(self.proto)
         _check_structure(skeleton)
         if self.proto.functions:
@@ -311,7 +235,7 @@ class Graph:
         overridable = {v.name for v in self.proto.graph.input} if self.proto.ir_version >= 4 else set()
         for tensor in self.proto.graph.initializer:
             if tensor.name not in overridable:
-                self._add_constant(tensor.name, tensor)
+                self._add_constant(tensor.name, tensor, self.model.values.get(tensor.name))
         for name, tensor in self.flat.constants.items():
             self._add_constant(name, tensor)
         for node in (*self.proto.graph.node, *(flat.proto for flat in self.flat.nodes)):
@@ -319,13 +243,9 @@ class Graph:
             if value is not None and node.output[0] not in self.constants:
                 self._add_constant(node.output[0], value)
 
-    def _add_constant(self, name: str, tensor: onnx.TensorProto) -> None:
-        if tensor.data_type == onnx.TensorProto.STRING:
-            return
-        folder = self.folder
-        self.constants[name] = Constant(
-            name, tuple(tensor.dims), tensor_dtype(tensor), lambda: read_tensor(tensor, folder)
-        )
+    def _add_constant(self, name: str, tensor: onnx.TensorProto, values: Values | None = None) -> None:
+        if tensor.data_type != onnx.TensorProto.STRING:
+            self.constants[name] = Constant.named(name, values or stored(tensor, None))
 
     def _make_nodes(self) -> list[Node]:
         nodes: list[Node] = []

@@ -6,7 +6,7 @@ import ctypes
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -18,12 +18,14 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from onnxshrink.errors import InputError
-from onnxshrink.graph import ModelLike, copy_fields
 from onnxshrink.inputs import Feed, RunError
+from onnxshrink.lazy import LARGEST, LazyModel
+from onnxshrink.protos import copy_fields
+from onnxshrink.reading import ModelLike
 from onnxshrink.roles import Array
+from onnxshrink.save import weight_bytes, write_model
 
 _SMALL = 1024  # elements; larger initializers are weights, and only their shape matters for drawing inputs
-_LARGEST = 2**31 - 2**24  # bytes; protobuf serialises less than 2 GB
 
 _RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     *(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception)),
@@ -36,18 +38,33 @@ class Model:
 
     def __init__(self, source: ModelLike, label: str, folder: Path) -> None:
         self.label = label
-        full = source if isinstance(source, onnx.ModelProto) else _read(source, label)
+        self.path: Path | None = None
+        self._model: LazyModel | None = None
+        if isinstance(source, onnx.ModelProto):
+            self._model = LazyModel(source)
+            full = source
+        elif isinstance(source, LazyModel):
+            self._model = source
+            full = source.proto
+        else:
+            self.path = Path(source)
+            full = _read(source, label)
         self.light = _skeleton(full)
-        self.path = None if isinstance(source, onnx.ModelProto) else Path(source)
-        self.proto = source if isinstance(source, onnx.ModelProto) else None
-        weights = [(t.data_type, t.dims) for t in full.graph.initializer]
-        self.single = any(kind == onnx.TensorProto.FLOAT for kind, _ in weights)
-        if self.proto is not None and sum(4 * math.prod(dims) for _, dims in weights) > _LARGEST:
-            self.path, self.proto = _spill(self.proto, folder), None
+        self.single = any(tensor.data_type == onnx.TensorProto.FLOAT for tensor in full.graph.initializer)
+        if self._model is not None and weight_bytes(self._model) > LARGEST:
+            folder.mkdir()
+            self.path = folder / "model.onnx"
+            write_model(self._model, self.path)
+            self._model = None
+
+    def pieces(self) -> Iterable[bytes | memoryview]:
+        """The bytes of a model that lies in no file."""
+        assert self._model is not None
+        return self._model.pieces()
 
     def load(self, options: Any, exposed: Sequence[str]) -> Any:
         """An onnxruntime session whose outputs also are the tensors named in `exposed`."""
-        source: Any = str(self.path) if self.proto is None else self.proto.SerializeToString()
+        source: Any = str(self.path) if self._model is None else b"".join(self.pieces())
         if exposed and self.path is not None:
             source = self.path.read_bytes()
             options.add_session_config_entry(
@@ -192,22 +209,3 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
         else:
             copy.graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
     return copy
-
-
-def _spill(model: onnx.ModelProto, folder: Path) -> Path:
-    """Save a model that is too large for one message with its weights beside it; the caller's model is not touched."""
-    folder.mkdir()
-    copy = _hollow(model)
-    with open(folder / "weights", "wb") as file:
-        for tensor in model.graph.initializer:
-            item = copy.graph.initializer.add()
-            if not tensor.HasField("raw_data"):
-                item.CopyFrom(tensor)
-                continue
-            copy_fields(tensor, item, frozenset({"raw_data"}))
-            item.data_location = onnx.TensorProto.EXTERNAL
-            entries = {"location": "weights", "offset": str(file.tell()), "length": str(file.write(tensor.raw_data))}
-            for key, text in entries.items():
-                item.external_data.add(key=key, value=text)
-    (folder / "model.onnx").write_bytes(copy.SerializeToString())
-    return folder / "model.onnx"

@@ -16,9 +16,16 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from onnxshrink.errors import InputError
-from onnxshrink.graph import copy_fields
+from onnxshrink.lazy import FIELDS_OF_DATA, LARGEST, LazyModel, data_blocks
+from onnxshrink.protos import copy_fields
+from onnxshrink.reading import data_files
+from onnxshrink.weights import Values
 
-LARGEST = 2**31 - 2**24  # bytes of weights in one file: protobuf serialises less than 2 GB
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 _INLINE = 1024  # smaller tensors stay in the model, as onnx does it
 _PAGE = 4096  # the specification's advice for mapping
 
@@ -38,6 +45,67 @@ def check_target(path: str | os.PathLike[str], what: str) -> Path:
     return target
 
 
+class _Temporary:
+    """A new file beside its target. It is locked while it is in use, so that nobody takes it for a leftover."""
+
+    def __init__(self, target: Path, kind: str = "") -> None:
+        while True:
+            self.path = target.with_name(f".{target.name[:150]}.{secrets.token_hex(8)}{kind}.tmp")
+            self.file = self.path.open("xb")
+            _lock(self.file)
+            if self.path.exists():
+                return
+            self.file.close()  # swept away before it was locked
+
+    def finish(self) -> None:
+        """See to it that all of it is on disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        if fcntl is None:
+            self.file.close()  # an open file cannot be moved there
+
+    def move(self, place: Path) -> None:
+        """Let it take the place of another file, which it replaces as a whole, with that one's permissions."""
+        if place.exists():
+            self.path.chmod(stat.S_IMODE(place.stat().st_mode))
+        os.replace(self.path, place)
+        self.file.close()
+
+    def remove(self) -> None:
+        """Remove it, unless it has been moved."""
+        self.file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether nobody else holds the file; where locks do not work, nobody can tell."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sweep(target: Path) -> None:
+    """Remove what runs that were killed have left beside a target."""
+    pattern = re.compile(re.escape(f".{target.name[:150]}.") + r"[0-9a-f]{16}(\.data)?\.tmp")
+    for name in os.listdir(target.parent):
+        if pattern.fullmatch(name):
+            with contextlib.suppress(OSError), target.with_name(name).open("rb") as file:
+                if _lock(file):
+                    target.with_name(name).unlink()
+
+
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` once it is complete and on disk.
@@ -45,20 +113,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     When anything goes wrong `path` is as it was. Raises InputError where the system refuses to write.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name[:150]}.{secrets.token_hex(8)}.tmp")
-    try:
+    with _refusals(path):
+        _sweep(path)
+        temporary = _Temporary(path)
         try:
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            if path.exists():
-                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-            os.replace(temporary, path)
+            yield temporary.file
+            temporary.finish()
+            temporary.move(path)
         finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+            temporary.remove()
     _sync_folder(path.parent)
 
 
@@ -77,24 +140,130 @@ def write_text(text: str, path: Path) -> None:
         file.write(text.encode())
 
 
-def write_model(model: onnx.ModelProto, path: Path, *, external: bool = False, keep: Set[Path] = frozenset()) -> None:
-    """Write a model, whole or not at all.
+def write_model(
+    model: onnx.ModelProto | LazyModel, path: Path, *, external: bool = False, keep: Set[Path] = frozenset()
+) -> None:
+    """Write a model, whole or not at all; the arguments are those of `Staged`."""
+    with Staged(model, path, external=external, keep=keep) as staged:
+        staged.commit()
+
+
+class Staged:
+    """A model that is complete on disk, beside the file whose place it takes once it is told to.
+
+    Used as a context: what is not committed when it ends is removed, and the target is as it was. InputError is raised
+    where the system refuses to write.
 
     Args:
-        model: a model that holds all its weights; it is not changed.
+        model: a model that holds all its weights, or one that reads them when they are written; it is not changed.
         path: the file.
         external: put the weights in a file of their own, `NAME.data`; forced beyond 2 GB.
-        keep: data files that are not to be removed, although the model that was at `path` refers to them.
+        keep: data files that are not to be removed, although the model that is at `path` refers to them.
+
+    Attributes:
+        target: the file whose place the model takes, links resolved.
     """
-    path = Path(os.path.realpath(path))
-    stale = _own_data(path) - keep
-    if external or sum(_nbytes(tensor) for tensor in model.graph.initializer) > LARGEST:
-        stale -= {_write_external(model, path)}
-    else:
-        with replacing(path) as file:
-            file.write(model.SerializeToString())
-    for data in stale:
-        data.unlink(missing_ok=True)
+
+    def __init__(
+        self, model: onnx.ModelProto | LazyModel, path: Path, *, external: bool = False, keep: Set[Path] = frozenset()
+    ) -> None:
+        self.target = Path(os.path.realpath(path))
+        self._keep = keep
+        self._temporaries: list[_Temporary] = []
+        self._data: _Temporary | None = None
+        self._light = onnx.ModelProto()
+        with self._writing():
+            _sweep(self.target)
+            if external or weight_bytes(model) > LARGEST:
+                self._write_external(LazyModel.of(model) if isinstance(model, onnx.ModelProto) else model)
+            else:
+                self._write_whole(LazyModel(model) if isinstance(model, onnx.ModelProto) else model)
+
+    def __enter__(self) -> Staged:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._discard()
+
+    @property
+    def path(self) -> Path:
+        """The complete model, under a name of its own."""
+        return self._temporaries[-1].path
+
+    def commit(self) -> None:
+        """Put the model in its place: a reader finds the old one or the new one; its weights go first."""
+        stale = _own_data(self.target) - self._keep
+        place = None
+        with self._writing():
+            try:
+                if self._data is not None:
+                    place = _free_name(self.target)
+                    self._write_light(place.name)
+                    self._data.move(place)
+                self._temporaries[-1].move(self.target)
+            except BaseException:
+                if place is not None:
+                    place.unlink(missing_ok=True)
+                raise
+        self._discard()
+        _sync_folder(self.target.parent)
+        for data in stale - {place}:
+            data.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with _refusals(self.target):
+            try:
+                yield
+            except BaseException:
+                self._discard()
+                raise
+
+    def _discard(self) -> None:
+        for temporary in self._temporaries:
+            temporary.remove()
+
+    def _new(self, kind: str = "") -> _Temporary:
+        temporary = _Temporary(self.target, kind)
+        self._temporaries.append(temporary)
+        return temporary
+
+    def _write_whole(self, model: LazyModel) -> None:
+        temporary = self._new()
+        for piece in model.pieces():
+            temporary.file.write(piece)
+        temporary.finish()
+
+    def _write_external(self, model: LazyModel) -> None:
+        self._data = self._new(".data")
+        copy_fields(model.proto, self._light, frozenset({"graph"}))
+        copy_fields(model.proto.graph, self._light.graph, frozenset({"initializer"}))
+        for tensor in model.proto.graph.initializer:
+            _move(tensor, model.values.get(tensor.name), self._light.graph.initializer.add(), self._data.file)
+        self._data.finish()
+        self._write_light(self._data.path.name)
+
+    def _write_light(self, location: str) -> None:
+        """The model that refers to a data file by this name."""
+        for tensor in self._light.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = location
+        temporary = self._new()
+        temporary.file.write(self._light.SerializeToString())
+        temporary.finish()
+
+
+def _free_name(path: Path) -> Path:
+    """A name for the data of the model at `path` that no file has yet."""
+    data = path.with_name(f"{path.name}.data")
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.data") if data.exists() else data
+
+
+def weight_bytes(model: onnx.ModelProto | LazyModel) -> int:
+    """Bytes of the initializers of the main graph."""
+    proto = model if isinstance(model, onnx.ModelProto) else model.proto
+    return sum(_nbytes(tensor) for tensor in proto.graph.initializer)
 
 
 def _nbytes(tensor: onnx.TensorProto) -> int:
@@ -102,18 +271,6 @@ def _nbytes(tensor: onnx.TensorProto) -> int:
         return 0
     elements: int = math.prod(tensor.dims)
     return elements * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-
-
-def data_files(model: onnx.ModelProto, folder: Path) -> set[Path]:
-    """The files outside the model that its initializers lie in."""
-    locations = {
-        entry.value
-        for tensor in model.graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return {Path(os.path.realpath(folder / location)) for location in locations}
 
 
 def _own_data(path: Path) -> set[Path]:
@@ -128,35 +285,22 @@ def _own_data(path: Path) -> set[Path]:
     return {data for data in data_files(model, path.parent) if data.parent == path.parent and own.fullmatch(data.name)}
 
 
-def _write_external(model: onnx.ModelProto, path: Path) -> Path:
-    """Weights under a fresh name first, then the model: a reader finds the old pair or the new one."""
-    data = path.with_name(f"{path.name}.data")
-    if data.exists():
-        data = path.with_name(f"{path.name}.{secrets.token_hex(4)}.data")
-    light = onnx.ModelProto()
-    copy_fields(model, light, frozenset({"graph"}))
-    copy_fields(model.graph, light.graph, frozenset({"initializer"}))
-    try:
-        with replacing(data) as file:
-            for tensor in model.graph.initializer:
-                _move(tensor, light.graph.initializer.add(), file, data.name)
-        with replacing(path) as file:
-            file.write(light.SerializeToString())
-    except BaseException:
-        data.unlink(missing_ok=True)
-        raise
+def _raw(tensor: onnx.TensorProto) -> bytes:
+    if not tensor.HasField("raw_data"):
+        tensor = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor))
+    data: bytes = tensor.raw_data
     return data
 
 
-def _move(tensor: onnx.TensorProto, light: onnx.TensorProto, file: BinaryIO, location: str) -> None:
+def _move(tensor: onnx.TensorProto, values: Values | None, light: onnx.TensorProto, file: BinaryIO) -> None:
+    """Put the data of a tensor in a file, unless it is small, and in the model a reference to it."""
     if _nbytes(tensor) < _INLINE:
         light.CopyFrom(tensor)
         return
-    if not tensor.HasField("raw_data"):
-        tensor = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name)
-    copy_fields(tensor, light, frozenset({"raw_data"}))
-    file.write(b"\0" * (-file.tell() % _PAGE))
+    copy_fields(tensor, light, FIELDS_OF_DATA)
     light.data_location = onnx.TensorProto.EXTERNAL
-    entries = {"location": location, "offset": file.tell(), "length": file.write(tensor.raw_data)}
+    file.write(b"\0" * (-file.tell() % _PAGE))
+    blocks = [_raw(tensor)] if values is None else data_blocks(values)
+    entries = {"location": "", "offset": file.tell(), "length": sum(map(file.write, blocks))}
     for key, value in entries.items():
         light.external_data.add(key=key, value=str(value))

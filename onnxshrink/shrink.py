@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,25 @@ from onnxshrink import measure, save
 from onnxshrink.analyse import Analysis, analyse
 from onnxshrink.apply import apply
 from onnxshrink.errors import InputError, OnnxshrinkError
-from onnxshrink.graph import Graph, ModelLike, load_proto, make_skeleton
-from onnxshrink.masks import MaskTree, apply_masks, load_masks, zero_near
+from onnxshrink.graph import Graph, make_skeleton
+from onnxshrink.lazy import LazyModel
+from onnxshrink.masks import MaskTree
 from onnxshrink.plan import Plan, make_plan
 from onnxshrink.planning.align import Alignment, check_align
 from onnxshrink.probe import DEFAULT_SAMPLES, prober
+from onnxshrink.reading import ModelLike
 from onnxshrink.registry import Lookup, rule_of
 from onnxshrink.replacement import ReplaceFunction, replacer
 from onnxshrink.report import Report, make_report
+from onnxshrink.result import ShrinkResult, stage
 from onnxshrink.runtime import LoadError
+from onnxshrink.source import PathLike, Source, open_source, size
 from onnxshrink.speed.latency import Latency
 from onnxshrink.verify import Equivalence, OutputsDiffer, amplification
 from onnxshrink.verify import verify as compare
 from onnxshrink.version import __version__
-from onnxshrink.weights import Array, read_tensor
+from onnxshrink.weights import Array
 
-PathLike = str | os.PathLike[str]
 # Models with more weights are not timed: several forms are in memory at once.
 _TIMED_BYTES = 1 << 30
 # An error counts as rounding that the model amplifies when it is within so many times what the rounding of the inputs
@@ -38,54 +42,6 @@ _AMPLIFIED = 30.0
 # Rounding alone makes a few hundredths of the limit. Where the outputs differ by more than the first share of it, and
 # the rounding of the inputs' last bit alone makes more than the second, other inputs may well be beyond the limit.
 _DOUBTFUL, _UNSTABLE = 0.2, 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class ShrinkResult:
-    """A shrunk model.
-
-    Attributes:
-        model: the result, with all its weights; an equal copy of the (masked) input when nothing could be removed.
-        report: what was removed, what stayed and why.
-        plan: which indices of which tensor stay.
-    """
-
-    model: onnx.ModelProto
-    report: Report
-    plan: Plan
-    _external: bool = field(default=False, repr=False)
-    _sources: frozenset[Path] = field(default=frozenset(), repr=False)
-
-    def save(self, path: PathLike) -> None:
-        """Write the model, whole or not at all; an existing file is replaced.
-
-        Weights go to a file of their own beside it, `NAME.data`, when the input had such or beyond 2 GB.
-
-        Raises InputError when the file cannot be written; what was there is then untouched.
-        """
-        target = save.check_target(path, "output")
-        in_place = Path(os.path.realpath(target)) in self._sources
-        keep = frozenset() if in_place else self._sources
-        save.write_model(self.model, target, external=self._external, keep=keep)
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """What comes in.
-
-    Attributes:
-        model: the masked model, or the path of one without masks: what the result is compared with.
-        graph: its graph.
-        nbytes: of the model as it was stored.
-        files: every file that it was read from.
-        external: whether it had weights in files of their own.
-    """
-
-    model: ModelLike
-    graph: Graph
-    nbytes: int
-    files: frozenset[Path]
-    external: bool
 
 
 def shrink(
@@ -138,31 +94,19 @@ def shrink(
     """
     step = progress or (lambda name: None)
     check_align(align)
-    _check_targets(model, masks, output, report)
+    check_targets(model, masks, output, report)
     step("reading")
-    own = tuple(replace_functions or ())
-    source, zeroed = _zeroed(_load(model, masks, own), zero_tolerance, own)
+    source = open_source(model, masks, zero_tolerance, tuple(replace_functions or ()))
     step("analysing")
     analysis = analyse(source.graph, lookup_for(probe, replace_functions))
-    private = masks is not None or zeroed > 0
-    options = Options(verify, inputs, samples, seed, align, timing, zeroed, private, step)
-    result = conclude(source, analysis, options)
-    step("writing")
-    if output is not None:
-        result.save(output)
-    if report is not None:
-        save.write_text(result.report.to_json(), Path(report))
-    return result
+    step("cutting")
+    options = Options(verify, inputs, samples, seed, align, timing, output, report, step)
+    return conclude(source, analysis, options)
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """How to finish once the facts are there; as in `shrink`, and:
-
-    Attributes:
-        zeroed: how many weights near zero were set to zero.
-        private: whether nobody else holds the model that came in.
-    """
+    """How to finish once the facts are there; as in `shrink`."""
 
     verify: bool = True
     inputs: Mapping[str, Array] | None = None
@@ -170,24 +114,45 @@ class Options:
     seed: int = 0
     align: str | int = "none"
     timing: bool = True
-    zeroed: int = 0
-    private: bool = False
+    output: PathLike | None = None
+    report: PathLike | None = None
     step: Callable[[str], None] = lambda name: None
 
 
-def conclude(source: Source, analysis: Analysis, options: Options) -> ShrinkResult:
-    """The result for a model with its facts: planned, cut, compared. Raises what `shrink` raises."""
-    inputs, samples, seed = options.inputs, options.samples, options.seed
-    options.step("cutting")
-    form = _choose(source, analysis, options.align, options.timing, inputs or {}, seed)
-    small, equivalence, note = _checked(form, analysis), None, form.note
-    if small is not None and (options.verify or analysis.unproven()):
-        options.step("comparing")
-        equivalence, excuse = _examine(source, small, form.plan, inputs, samples, seed)
-        small, note = (small, note) if excuse is None else (None, excuse)
-    final = _whole(source, options.private) if small is None else small.proto
-    told = _report(source, analysis, form, small, equivalence, note, options.zeroed)
-    return ShrinkResult(final, told, form.plan, source.external, source.files)
+def conclude(source: Source, analysis: Analysis, options: Options, form: Form | None = None) -> ShrinkResult:
+    """The result for a model with its facts: planned (unless `form` is given), cut, compared and written.
+
+    Raises what `shrink` raises.
+    """
+    form = form or choose_form(source, analysis, options)
+    small = _checked(form, analysis, source.external)
+    with contextlib.ExitStack() as stack:
+        # Complete on disk before it is compared: what takes the output's place is what was run.
+        staged = None if small is None else _stage(source, small.model, options, stack)
+        equivalence, note = None, form.note
+        if small is not None and (options.verify or analysis.unproven()):
+            options.step("comparing")
+            equivalence, excuse = _examine(source, staged.path if staged else small.model, form.plan, options)
+            small, note = (small, note) if excuse is None else (None, excuse)
+        final = source.again() if small is None else small.model
+        if small is None:
+            staged = _stage(source, final, options, stack)
+        told = _report(source, analysis, form, small, equivalence, note)
+        result = ShrinkResult(final, told, form.plan, external=source.external, sources=source.files)
+        options.step("writing")
+        if options.report is not None:
+            stack.enter_context(save.replacing(Path(options.report))).write(told.to_json().encode())
+        if staged is not None:
+            staged.commit()
+            result.adopt(staged.target)
+    return result
+
+
+def _stage(source: Source, model: LazyModel, options: Options, stack: contextlib.ExitStack) -> save.Staged | None:
+    """The model complete on disk, beside the output, if there is to be one."""
+    if options.output is None:
+        return None
+    return stack.enter_context(stage(model, options.output, external=source.external, sources=source.files))
 
 
 def lookup_for(probe: int, functions: Mapping[str, ReplaceFunction] | None, samples: int = DEFAULT_SAMPLES) -> Lookup:
@@ -199,15 +164,10 @@ def lookup_for(probe: int, functions: Mapping[str, ReplaceFunction] | None, samp
     return replacer(functions, probe or samples, lookup) if functions else lookup
 
 
-def open_model(model: onnx.ModelProto, keep: Collection[str] = ()) -> Source:
-    """A model that nobody else changes, as `conclude` takes it; `keep` as in `Graph`. Raises InputError."""
-    return _load(model, None, keep)
-
-
 # --- what comes in -------------------------------------------------------------------------------------------------
 
 
-def _check_targets(model: ModelLike, masks: object, output: PathLike | None, report: PathLike | None) -> None:
+def check_targets(model: ModelLike, masks: object, output: PathLike | None, report: PathLike | None) -> None:
     """Find out before any work is done that the results could not be written."""
     given = {"the model": model, "the masks": masks}
     files = {name: _real(value) for name, value in given.items() if isinstance(value, (str, os.PathLike))}
@@ -227,112 +187,60 @@ def _real(path: PathLike) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _load(model: ModelLike, masks: MaskTree | PathLike | None, keep: Collection[str]) -> Source:
-    if masks is None:
-        graph, reference = Graph(model, keep), model
-        data = _data_files(graph.proto, graph.folder)
-    else:
-        proto, folder = load_proto(model)
-        data = _data_files(proto, folder)
-        tree = load_masks(os.fspath(masks)) if isinstance(masks, (str, os.PathLike)) else masks
-        reference = apply_masks(_with_data(proto, folder), tree)
-        graph = Graph(reference, keep)
-    if isinstance(model, onnx.ModelProto):
-        return Source(reference, graph, _nbytes(model), frozenset(), False)
-    files = frozenset({_real(model), *data})
-    return Source(reference, graph, sum(file.stat().st_size for file in files), files, bool(data))
-
-
-def _zeroed(source: Source, tolerance: float, keep: Collection[str]) -> tuple[Source, int]:
-    """The source with weights near zero set to zero, and how many they were."""
-    if tolerance == 0:
-        return source, 0
-    model, zeroed = zero_near(source.graph.proto, tolerance, source.graph.folder)
-    if not zeroed:
-        return source, 0
-    model = _with_data(model, source.graph.folder)
-    return replace(source, model=model, graph=Graph(model, keep)), zeroed
-
-
-def _data_files(model: onnx.ModelProto, folder: Path | None) -> set[Path]:
-    return set() if folder is None else save.data_files(model, folder)
-
-
-def _with_data(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:
-    """The same model, its weights read in from their files. Raises InputError."""
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            values = onnx.numpy_helper.from_array(read_tensor(tensor, folder), tensor.name)
-            tensor.raw_data = values.raw_data
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-    return model
-
-
-def _whole(source: Source, private: bool) -> onnx.ModelProto:
-    """The model as it came in, with all its weights, in an object that nobody else holds."""
-    if private or not isinstance(source.model, onnx.ModelProto):
-        return _with_data(source.graph.proto, source.graph.folder)
-    copy = onnx.ModelProto()
-    copy.CopyFrom(source.model)
-    return copy
-
-
-def _nbytes(model: onnx.ModelProto) -> int:
-    weights = measure.weights(model).bytes
-    return weights if weights > save.LARGEST else model.ByteSize()
-
-
 # --- what goes out -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class _Form:
+class Form:
     """What is to be written: the plan, its model (None: the model as it came in), how fast it is, what to tell."""
 
     plan: Plan
-    model: onnx.ModelProto | None
+    model: LazyModel | None
     latency: Latency | None = None
     note: str | None = None
     untimed: str | None = None
 
 
-def _choose(
-    source: Source, analysis: Analysis, align: str | int, timing: bool, inputs: Mapping[str, Array], seed: int
-) -> _Form:
+def choose_form(source: Source, analysis: Analysis, options: Options) -> Form:
+    """What is to be written of a model with its facts. Raises what `shrink` raises."""
+    align = options.align
     plan = make_plan(analysis, Alignment(align) if isinstance(align, int) else None)
-    model = _carry_out(analysis, plan)
+    model = carry_out(analysis, plan)
     if align != "auto" or model is None:
-        return _Form(plan, model)
+        return Form(plan, model)
     from onnxshrink.speed.auto import choose
 
-    def carry_out(other: Plan) -> onnx.ModelProto | None:
-        return model if other is plan else _carry_out(analysis, other)
+    def make(other: Plan) -> LazyModel | None:
+        return model if other is plan else carry_out(analysis, other)
 
     fits = source.nbytes <= _TIMED_BYTES
-    found = choose(source.model, analysis, plan, carry_out, timing=timing and fits, inputs=inputs, seed=seed)
+    timing, inputs = options.timing and fits, options.inputs or {}
+    found = choose(source.model, analysis, plan, make, timing=timing, inputs=inputs, seed=options.seed)
     if found.plan is None:
-        return _Form(plan, None, None, found.note)
-    untimed = "the model is too large to hold several forms of it" if timing and not fits else found.note
-    return _Form(found.plan, carry_out(found.plan), found.latency, None, untimed)
+        return Form(plan, None, None, found.note)
+    untimed = "the model is too large to hold several forms of it" if options.timing and not fits else found.note
+    return Form(found.plan, make(found.plan), found.latency, None, untimed)
 
 
-def _carry_out(analysis: Analysis, plan: Plan) -> onnx.ModelProto | None:
+def carry_out(analysis: Analysis, plan: Plan) -> LazyModel | None:
     """The smaller model, None when the plan does not make it smaller."""
     model = apply(analysis, plan)
-    return model if _is_smaller(analysis, plan, model) else None
+    return model if _is_smaller(analysis, plan, model.proto) else None
 
 
-def _checked(form: _Form, analysis: Analysis) -> Graph | None:
+def _checked(form: Form, analysis: Analysis, external: bool) -> Graph | None:
     """The smaller model, if there is one. Raises OnnxshrinkError if it is invalid."""
     if form.model is None:
         return None
     try:
-        _check(form.model, analysis.graph)
-        return Graph(form.model)
+        _check(form.model.proto, analysis.graph)
+        small = Graph(form.model)
     except (InputError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
         raise OnnxshrinkError(f"the result would not be a valid model (a fault of onnxshrink): {reason}") from error
+    if not external:
+        small.model.load()  # weights that were read from one file fit in memory, and the caller's object may change
+    return small
 
 
 def _is_smaller(analysis: Analysis, plan: Plan, model: onnx.ModelProto) -> bool:
@@ -370,42 +278,44 @@ def _check(model: onnx.ModelProto, source: Graph) -> None:
 
 
 def _examine(
-    source: Source, small: Graph, plan: Plan, inputs: Mapping[str, Array] | None, samples: int, seed: int
+    source: Source, candidate: ModelLike, plan: Plan, options: Options
 ) -> tuple[Equivalence | None, str | None]:
     """The comparison; or why it says nothing. Raises OutputsDiffer where the outputs differ without an excuse."""
     try:
-        equivalence = _verify(source, small, plan, inputs, samples, seed)
+        equivalence = _verify(source, candidate, plan, options)
     except OutputsDiffer as error:
-        note = _excuse(source, error, inputs, samples, seed)
+        note = _excuse(source, error, options)
         if note is None:
             raise
         return None, note
     if equivalence.error > _DOUBTFUL * equivalence.limit:
-        moved = amplification(source.model, inputs=inputs, samples=samples, seed=seed)
+        moved = _moved(source, options)
         if moved > _UNSTABLE * equivalence.limit:
             return None, _amplified(equivalence.error, moved, "the model")
     return equivalence, None
 
 
-def _verify(
-    source: Source, small: Graph, plan: Plan, inputs: Mapping[str, Array] | None, samples: int, seed: int
-) -> Equivalence:
+def _verify(source: Source, candidate: ModelLike, plan: Plan, options: Options) -> Equivalence:
     kept = {name: axes for name, axes in plan.kept.items() if name in plan.present}
+    inputs, samples, seed = options.inputs, options.samples, options.seed
     try:
-        return compare(source.model, small.proto, inputs=inputs, samples=samples, seed=seed, kept=kept)
+        return compare(source.model, candidate, inputs=inputs, samples=samples, seed=seed, kept=kept)
     except LoadError as error:
         if error.label == "reference":
             raise
         raise OnnxshrinkError(f"onnxruntime does not take the result (a fault of onnxshrink): {error}") from error
 
 
-def _excuse(
-    source: Source, error: OutputsDiffer, inputs: Mapping[str, Array] | None, samples: int, seed: int
-) -> str | None:
+def _moved(source: Source, options: Options) -> float:
+    """What a change of the inputs' last bit does to the outputs."""
+    return amplification(source.model, inputs=options.inputs, samples=options.samples, seed=options.seed)
+
+
+def _excuse(source: Source, error: OutputsDiffer, options: Options) -> str | None:
     """Why a difference is rounding and no fault: the model does as much to a change of its inputs' last bit."""
     if error.equivalence is None or error.divergence is None:
         return None
-    moved = amplification(source.model, inputs=inputs, samples=samples, seed=seed)
+    moved = _moved(source, options)
     if error.equivalence.error > _AMPLIFIED * moved:
         return None
     return _amplified(error.equivalence.error, moved, error.divergence.node or error.divergence.tensor)
@@ -422,17 +332,16 @@ def _amplified(error: float, moved: float, culprit: str) -> str:
 def _report(
     source: Source,
     analysis: Analysis,
-    form: _Form,
+    form: Form,
     small: Graph | None,
     equivalence: Equivalence | None,
     note: str | None,
-    zeroed: int,
 ) -> Report:
-    graph = source.graph
-    before, fixed = _size(graph, source.nbytes)
-    after = before if small is None else _size(small, _nbytes(small.proto))[0]
+    before, fixed = _size(source.graph, source.nbytes)
+    after = before if small is None else _size(small, size(small.model))[0]
     made = make_report(__version__, (before, after), fixed, analysis, form.plan, small, equivalence, note)
-    return replace(made, zeroed=zeroed, latency=form.latency if small is not None else None, untimed=form.untimed)
+    latency = form.latency if small is not None else None
+    return replace(made, zeroed=source.zeroed, latency=latency, untimed=form.untimed)
 
 
 def _size(graph: Graph, nbytes: int) -> tuple[measure.Size, bool]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,83 @@ from onnxshrink.errors import InputError
 
 Array = NDArray[Any]
 BoolArray = NDArray[np.bool_]
+
+_BLOCK = 1 << 25  # bytes of a file that are mapped at a time
+_SMALL = 1 << 16  # bytes; smaller constants are kept once they are read
+_T = onnx.TensorProto
+# Types whose elements fill whole bytes. Of the others the checker knows how many bytes there must be.
+WHOLE_BYTES = frozenset({_T.FLOAT, _T.DOUBLE, _T.FLOAT16, _T.BFLOAT16, _T.INT64, _T.INT32, _T.INT8, _T.UINT8})
+
+
+class Values:
+    """The elements of a tensor, read when they are asked for and not kept.
+
+    Args:
+        shape: extents.
+        dtype: numpy's type.
+        read: gives all elements.
+        blocks: gives them in pieces along the first axis, in order; None: in one.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        read: Callable[[], Array],
+        blocks: Callable[[], Iterator[Array]] | None = None,
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self._read = read
+        self._blocks = blocks
+
+    @classmethod
+    def of(cls, array: Array) -> Values:
+        """Elements that are there already."""
+        return cls(array.shape, array.dtype, partial(same, array))
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage."""
+        return self.size * self.dtype.itemsize
+
+    def array(self) -> Array:
+        """All elements, read-only."""
+        return self._read()
+
+    def blocks(self) -> Iterator[Array]:
+        """The elements in pieces along the first axis; a large tensor in a file is never in memory as a whole."""
+        return iter((self.array(),)) if self._blocks is None else self._blocks()
+
+    def cut(self, kept: Sequence[BoolArray | None]) -> Values:
+        """The elements at the indices that every axis keeps; None keeps all."""
+        extents = zip(self.shape, kept, strict=True)
+        shape = tuple(n if mask is None else int(np.count_nonzero(mask)) for n, mask in extents)
+        return Values(shape, self.dtype, lambda: taken(self.array(), kept), lambda: self._cut_blocks(kept))
+
+    def _cut_blocks(self, kept: Sequence[BoolArray | None]) -> Iterator[Array]:
+        start = 0
+        for block in self.blocks():
+            rows = kept[0] if kept else None
+            part = None if rows is None else rows[start : start + block.shape[0]]
+            yield taken(block, [part, *kept[1:]] if kept else kept)
+            start += block.shape[0] if block.ndim else 0
+
+
+def taken(array: Array, kept: Sequence[BoolArray | None]) -> Array:
+    """`array` with every axis cut to what is kept; a compressed axis stays as it is."""
+    for axis, mask in enumerate(kept):
+        if mask is not None and array.shape[axis] == mask.size and not mask.all():
+            array = array.compress(mask, axis=axis)
+    return array
+
+
+# --- storage -------------------------------------------------------------------------------------------------------
 
 
 def external_file(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int, int | None]:
@@ -47,32 +127,89 @@ def external_file(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int, in
 
 def tensor_dtype(tensor: onnx.TensorProto) -> np.dtype[Any]:
     """numpy's type for an ONNX tensor (`ml_dtypes` for those that numpy lacks)."""
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    return _dtype_of(tensor.data_type)
 
 
-def read_tensor(tensor: onnx.TensorProto, folder: Path | None) -> Array:
-    """The values of a tensor; a read-only view where the storage allows it."""
+@cache
+def _dtype_of(code: int) -> np.dtype[Any]:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(code))
+
+
+def stored(tensor: onnx.TensorProto, folder: Path | None) -> Values:
+    """The values of a tensor of a model in `folder`. Raises InputError where the file of external data is unusable.
+
+    A file that has changed since this was called is not read: its elements may be those of another tensor now.
+    """
+    shape, dtype = tuple(tensor.dims), tensor_dtype(tensor)
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return onnx.numpy_helper.to_array(tensor)
+        return Values(shape, dtype, lambda: onnx.numpy_helper.to_array(tensor))
     if folder is None:
         raise InputError(
             f"external data of {tensor.name!r} cannot be found: give the model as a file, not as an object"
         )
     path, offset, length = external_file(tensor, folder)
-    dtype = tensor_dtype(tensor)
-    count = math.prod(tensor.dims)
-    if count == 0:
-        return np.zeros(tuple(tensor.dims), dtype)
-    if dtype.itemsize * count != (length if length is not None else dtype.itemsize * count):
-        whole = onnx.TensorProto()
-        whole.CopyFrom(tensor)
-        onnx.external_data_helper.load_external_data_for_tensor(whole, str(folder))
-        return onnx.numpy_helper.to_array(whole)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if offset + dtype.itemsize * count > len(mapped):
-        raise InputError(f"external data of {tensor.name!r} is truncated: {path} has {len(mapped)} bytes")
-    return np.frombuffer(mapped, dtype, count, offset).reshape(tuple(tensor.dims))
+    if tensor.data_type not in WHOLE_BYTES or length not in (None, math.prod(shape) * dtype.itemsize):
+        return Values(shape, dtype, lambda: _load_external(tensor, folder))
+    if offset + math.prod(shape) * dtype.itemsize > path.stat().st_size:
+        raise InputError(f"external data of {tensor.name!r} is truncated: {path} has {path.stat().st_size} bytes")
+    place = _Place(tensor.name, path, offset, shape, dtype, _stamp(path.stat()))
+    return Values(shape, dtype, place.read, place.blocks)
+
+
+def read_tensor(tensor: onnx.TensorProto, folder: Path | None) -> Array:
+    """The values of a tensor; a read-only view where the storage allows it."""
+    return stored(tensor, folder).array()
+
+
+def _load_external(tensor: onnx.TensorProto, folder: Path) -> Array:
+    whole = onnx.TensorProto()
+    whole.CopyFrom(tensor)
+    onnx.external_data_helper.load_external_data_for_tensor(whole, str(folder))
+    return onnx.numpy_helper.to_array(whole)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the elements of a tensor lie in a file, and what tells that it is still the same file."""
+
+    name: str
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    stamp: tuple[int, ...]
+
+    def read(self) -> Array:
+        return self._map(0, math.prod(self.shape)).reshape(self.shape)
+
+    def blocks(self) -> Iterator[Array]:
+        if not self.shape or math.prod(self.shape) * self.dtype.itemsize <= _BLOCK:
+            yield self.read()
+            return
+        rest = self.shape[1:]
+        row = math.prod(rest)
+        step = max(1, _BLOCK // (row * self.dtype.itemsize))
+        for start in range(0, self.shape[0], step):
+            count = min(step, self.shape[0] - start)
+            yield self._map(start * row, count * row).reshape(count, *rest)
+
+    def _map(self, start: int, count: int) -> Array:
+        """Some elements, mapped: what nobody looks at is not read, and what nobody holds any more is not in memory."""
+        if not count:
+            return np.zeros(0, self.dtype)
+        first = self.offset + start * self.dtype.itemsize
+        begin = first - first % mmap.ALLOCATIONGRANULARITY
+        nbytes = count * self.dtype.itemsize
+        with self.path.open("rb") as file:
+            if _stamp(os.fstat(file.fileno())) != self.stamp:
+                raise InputError(f"external data of {self.name!r}: {self.path} has changed since the model was read")
+            mapped = mmap.mmap(file.fileno(), first - begin + nbytes, access=mmap.ACCESS_READ, offset=begin)
+        found = np.frombuffer(mapped, self.dtype, count, first - begin)
+        return found.copy() if nbytes <= _SMALL else found  # a system maps so many pieces at a time and no more
 
 
 def same(array: Array) -> Array:
@@ -80,36 +217,37 @@ def same(array: Array) -> Array:
     return array
 
 
-class Constant:
+class Constant(Values):
     """A constant tensor of the model: an initializer, the value of a `Constant` node, or computed from such.
 
-    The array is read when asked for and not kept; what analysis asks again (which slices hold a non-zero) is kept.
+    The array is read when asked for and not kept unless it is small; what analysis asks again (which slices hold a
+    non-zero) is kept.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], read: Callable[[], Array]) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        read: Callable[[], Array],
+        blocks: Callable[[], Iterator[Array]] | None = None,
+    ) -> None:
+        super().__init__(shape, dtype, read, blocks)
         self.name = name
-        self.shape = shape
-        self.dtype = dtype
-        self._read = read
         self._small: Array | None = None
         self._nonzero: dict[tuple[int, ...], BoolArray] = {}
 
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of storage."""
-        return self.size * self.dtype.itemsize
+    @classmethod
+    def named(cls, name: str, values: Values) -> Constant:
+        """Stored values under the name of a tensor."""
+        return cls(name, values.shape, values.dtype, values.array, values.blocks)
 
     def array(self) -> Array:
         """All values, read-only."""
         if self._small is not None:
             return self._small
-        array = self._read()
-        if array.nbytes <= 1 << 16:
+        array = super().array()
+        if array.nbytes <= _SMALL:
             self._small = array
         return array
 

@@ -46,7 +46,7 @@ def shrunk_with_plan(model: onnx.ModelProto, alignment: Alignment | None = None)
     """The smaller model and the plan that made it."""
     analysis = analyse(Graph(model))
     plan = make_plan(analysis, alignment)
-    small = apply(analysis, plan)
+    small = apply(analysis, plan).whole()
     if _passes_check(model):
         onnx.checker.check_model(small, full_check=True)
     return small, plan

@@ -11,6 +11,7 @@ from models import build, dead, draw
 
 import onnxshrink
 from onnxshrink import cli
+from onnxshrink.lazy import LazyModel
 
 TEXT = """g (float[8, 6] x) => (float[8, 4] y) {
     h = MatMul(x, a) k = Add(h, b) r = Relu(k) m = MatMul(r, c) [wave] w = Mul(m, s) y = Sin(w)
@@ -70,12 +71,12 @@ def test_a_wrong_weight_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None
     module = sys.modules["onnxshrink.shrink"]
     real = module.apply
 
-    def wrong(*arguments: object) -> onnx.ModelProto:
-        small = real(*arguments)
+    def wrong(*arguments: object) -> LazyModel:
+        small = real(*arguments).whole()
         weight = next(t for t in small.graph.initializer if t.name.startswith("c"))
         values = onnx.numpy_helper.to_array(weight) * np.float32(1.001)
         weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-        return small
+        return LazyModel(small)
 
     monkeypatch.setattr(module, "apply", wrong)
     with pytest.raises(onnxshrink.OutputsDiffer):

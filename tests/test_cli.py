@@ -21,6 +21,7 @@ from networks import chain, normed, residual, unknown
 
 import onnxshrink
 from onnxshrink.cli import main
+from onnxshrink.lazy import LazyModel
 from onnxshrink.measure import parameters
 
 engine: Any = importlib.import_module("onnxshrink.shrink")  # the name in the package is the function
@@ -397,11 +398,11 @@ def test_other_commands_say_no_in_one_line(run: Run, words: list[str]) -> None:
 def break_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     apply = engine.apply
 
-    def broken(*given: Any) -> onnx.ModelProto:
-        model = apply(*given)
+    def broken(*given: Any) -> LazyModel:
+        model = apply(*given).whole()
         (bias,) = [tensor for tensor in model.graph.initializer if tensor.name == "b2"]
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 1, "b2"))
-        return model
+        return LazyModel(model)
 
     monkeypatch.setattr(engine, "apply", broken)
 

@@ -108,4 +108,4 @@ def test_sparse_weights_count_what_is_stored() -> None:
 
 
 def test_the_demo_counts_the_same_way() -> None:
-    assert demo.run().parameters_before == measure.parameters(onnx.load(demo.model_path()))
+    assert demo.run().before.parameters == measure.parameters(onnx.load(demo.model_path()))

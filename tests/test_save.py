@@ -213,3 +213,71 @@ def test_weights_in_typed_fields_are_written_too(target: Path) -> None:
     save.write_model(proto, target, external=True)
     assert arrays(onnx.load(target)) == arrays(model())
     assert target.stat().st_size < np.prod((64, 64)) * 4
+
+
+# --- what runs that were killed leave behind ----------------------------------------------------------------------
+
+
+def leftover(target: Path, kind: str = "", text: str = "half") -> Path:
+    path = target.with_name(f".{target.name}.{'0123456789abcdef'}{kind}.tmp")
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_leftovers_of_the_same_target_are_removed(target: Path, external: bool) -> None:
+    stale = [leftover(target), leftover(target, ".data")]
+    others = [leftover(target.with_name("other.onnx")), target.with_name(".out.onnx.mine.tmp")]
+    others[1].write_text("mine")
+    save.write_model(model(), target, external=external)
+    assert not any(path.exists() for path in stale)
+    assert all(path.exists() for path in others)
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_what_another_run_is_writing_is_left_alone(target: Path, external: bool) -> None:
+    with save.Staged(model(1), target, external=external) as staged:
+        save.write_model(model(2), target, external=external)
+        assert arrays(onnx.load(staged.path)) == arrays(model(1))
+        staged.commit()
+    assert arrays(onnx.load(target)) == arrays(model(1))
+    assert len(names(target.parent)) == (2 if external else 1)
+
+
+def test_a_file_that_is_swept_away_before_it_is_locked_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, target: Path
+) -> None:
+    real, calls = save._lock, []
+
+    def late(file: Any) -> bool:
+        calls.append(file.name)
+        if len(calls) == 1:
+            os.unlink(file.name)
+        return real(file)
+
+    monkeypatch.setattr(save, "_lock", late)
+    save.write_model(model(), target)
+    assert len(set(calls)) == 2
+    assert onnx.load(target) == model()
+
+
+def test_where_files_cannot_be_locked_nothing_is_swept(monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
+    monkeypatch.setattr(save, "fcntl", None)
+    stale = leftover(target)
+    save.write_model(model(), target, external=True)
+    assert stale.exists()
+    assert arrays(onnx.load(target)) == arrays(model())
+
+
+# --- before it takes its place ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_staged_model_is_complete_and_nobody_sees_it(target: Path, external: bool) -> None:
+    save.write_model(model(0), target, external=external)
+    before = {name: (target.parent / name).read_bytes() for name in names(target.parent)}
+    with save.Staged(model(1), target, external=external) as staged:
+        assert arrays(onnx.load(staged.path)) == arrays(model(1))
+        assert staged.path.parent == target.parent
+        assert arrays(onnx.load(target)) == arrays(model(0))
+    assert {name: (target.parent / name).read_bytes() for name in names(target.parent)} == before

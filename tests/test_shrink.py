@@ -16,6 +16,7 @@ from networks import NETWORKS, Network, chain, residual
 import onnxshrink
 from onnxshrink import DifferenceError, InputError, MaskError, OnnxshrinkError, OutputsDiffer, save, shrink
 from onnxshrink import verify as compare
+from onnxshrink.lazy import LazyModel
 from onnxshrink.measure import parameters
 
 engine: Any = __import__("sys").modules["onnxshrink.shrink"]  # the name in the package is the function
@@ -285,7 +286,7 @@ def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> N
 
 
 def test_targets_are_checked_before_any_work(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine, "_load", pytest.fail)
+    monkeypatch.setattr(engine, "open_source", pytest.fail)
     with pytest.raises(InputError, match="does not exist"):
         shrink(chain(True), output=tmp_path / "missing" / "out.onnx")
     file = tmp_path / "file"
@@ -319,14 +320,14 @@ def test_a_mask_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
 # --- when something goes wrong ----------------------------------------------------------------------------------
 
 
-def broken_apply(*given: Any) -> onnx.ModelProto:
+def broken_apply(*given: Any) -> LazyModel:
     """The result with one weight moved: what a wrong rule would do."""
-    model = real_apply(*given)
+    model = real_apply(*given).whole()
     (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == "w1"]
     values = onnx.numpy_helper.to_array(weight).copy()
     values.flat[0] += 1
     weight.CopyFrom(onnx.numpy_helper.from_array(values, "w1"))
-    return model
+    return LazyModel(model)
 
 
 real_apply = engine.apply
@@ -352,13 +353,13 @@ def test_without_verification_nobody_looks(monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("broken", ["op_type", "input"])
 def test_an_invalid_result_is_an_internal_error(monkeypatch: Any, tmp_path: Path, broken: str) -> None:
-    def invalid(*given: Any) -> onnx.ModelProto:
-        model = real_apply(*given)
+    def invalid(*given: Any) -> LazyModel:
+        model = real_apply(*given).whole()
         if broken == "op_type":
             model.graph.node[0].op_type = "Nonsense"
         else:
             model.graph.node[0].input[0] = "nonsense"
-        return model
+        return LazyModel(model)
 
     monkeypatch.setattr(engine, "apply", invalid)
     with pytest.raises(OnnxshrinkError, match="fault of onnxshrink") as raised:
@@ -369,11 +370,11 @@ def test_an_invalid_result_is_an_internal_error(monkeypatch: Any, tmp_path: Path
 
 
 def test_a_result_that_does_not_load_is_an_internal_error(monkeypatch: Any) -> None:
-    def unloadable(*given: Any) -> onnx.ModelProto:
-        model = real_apply(*given)
+    def unloadable(*given: Any) -> LazyModel:
+        model = real_apply(*given).whole()
         model.opset_import.add(domain="com.acme", version=1)
         model.graph.node[1].domain = "com.acme"
-        return model
+        return LazyModel(model)
 
     monkeypatch.setattr(engine, "apply", unloadable)
     with pytest.raises(OnnxshrinkError, match="onnxruntime does not take the result") as raised:

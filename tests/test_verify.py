@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-from onnxshrink import runtime
+from onnxshrink import runtime, save
 from onnxshrink.errors import DifferenceError, InputError
 from onnxshrink.verify import Divergence, Equivalence, OutputsDiffer, amplification, verify
 
@@ -398,7 +398,8 @@ def test_external_data_is_found_beside_the_model(tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_for_one_message_is_spilled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_LARGEST", 100)
+    monkeypatch.setattr(runtime, "LARGEST", 100)
+    monkeypatch.setattr(save, "LARGEST", 100)
     one = model(**weights())
     before = one.SerializeToString()
     assert verify(one, model(**weights())).error == 0

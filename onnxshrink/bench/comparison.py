@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import onnx
-
 from onnxshrink.bench.denormals import Denormals
 from onnxshrink.bench.memory import Memory
 from onnxshrink.bench.operators import NodeChange, OperatorTime, by_node, by_operator
@@ -99,4 +97,4 @@ def compare_all(
 
 
 def _name(model: ModelLike) -> str:
-    return "a model in memory" if isinstance(model, onnx.ModelProto) else os.fspath(model)
+    return os.fspath(model) if isinstance(model, (str, os.PathLike)) else "a model in memory"

@@ -70,9 +70,8 @@ class Tasks:
         model = Model(source, ordinal(index), self._folder / str(index))
         if model.path is not None:
             return model.path
-        assert model.proto is not None
         path = self._folder / f"{index}.onnx"
-        path.write_bytes(model.proto.SerializeToString())
+        path.write_bytes(b"".join(model.pieces()))
         return path
 
     def time(self, seconds: float, rounds: int | None) -> list[Array]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 
 from onnxshrink.analyse import Analysis
 from onnxshrink.bench import make_timing, measure
@@ -14,13 +13,14 @@ from onnxshrink.bench.operators import by_node
 from onnxshrink.bench.tasks import Tasks
 from onnxshrink.errors import InputError
 from onnxshrink.graph import ModelLike
+from onnxshrink.lazy import LazyModel
 from onnxshrink.planning.data import Plan
 from onnxshrink.speed.choose import ALIKE, Form, Forms, fastest, is_short
 from onnxshrink.speed.kernels import load_kernels
 from onnxshrink.speed.latency import Latency
 from onnxshrink.weights import Array
 
-Apply = Callable[[Plan], "onnx.ModelProto | None"]  # None: the plan removes nothing
+Apply = Callable[[Plan], "LazyModel | None"]  # None: the plan removes nothing
 _BUDGET = 0.6  # seconds of timing per model
 _TRIES = 3  # how often more layers are kept whole where the result is slower
 
@@ -107,11 +107,11 @@ class _Contest:
             forms = [wider]
         return Choice(None, None, self._regret())
 
-    def _race(self, models: list[onnx.ModelProto]) -> list[Array]:
+    def _race(self, models: list[LazyModel]) -> list[Array]:
         everything = [self._source, *models]
         return measure(everything, inputs=self._inputs, seconds=_BUDGET * len(everything), seed=self._seed)
 
-    def _profile(self, model: onnx.ModelProto) -> dict[str, tuple[float, float]]:
+    def _profile(self, model: LazyModel) -> dict[str, tuple[float, float]]:
         """Seconds before and after, of every node that is in both."""
         with Tasks([self._source, model], self._inputs, 1, self._seed) as tasks:
             nodes = by_node(*tasks.profile(_BUDGET, None))

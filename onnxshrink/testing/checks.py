@@ -216,7 +216,7 @@ def shrink_model(model: onnx.ModelProto, align: int = 1) -> tuple[onnx.ModelProt
     """The smaller model and its plan, unverified; widths are multiples of `align` where they can be."""
     analysis = analyse(Graph(model))
     plan = make_plan(analysis, Alignment(align) if align > 1 else None)
-    return apply(analysis, plan), plan
+    return apply(analysis, plan).whole(), plan
 
 
 def parameters(model: onnx.ModelProto) -> int:

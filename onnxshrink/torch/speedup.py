@@ -22,7 +22,9 @@ from onnxshrink.masks import MaskTree, load_masks
 from onnxshrink.plan import make_plan
 from onnxshrink.registry import Lookup
 from onnxshrink.replacement import ReplaceFunction
-from onnxshrink.shrink import Options, ShrinkResult, conclude, lookup_for, open_model
+from onnxshrink.result import ShrinkResult
+from onnxshrink.shrink import Options, conclude, lookup_for
+from onnxshrink.source import open_source
 from onnxshrink.torch.dummy import DummyInput
 from onnxshrink.torch.export import export_onnx, masked_copy
 from onnxshrink.torch.keywords import further_keywords
@@ -152,7 +154,7 @@ class ModelSpeedup:
             opset_version=further.opset_version,
             **self.dummy_input.free_batch(further.dynamo),
         )
-        self._source = open_model(self.model, tuple(self.customized_replace_func))
+        self._source = open_source(self.model, keep=tuple(self.customized_replace_func))
         self._begin(self._source.graph)
         self.result = None
 

@@ -10,6 +10,7 @@ from models import Array, build, check_same, dead, draw, parameters, shapes
 import onnxshrink
 from onnxshrink.analyse import Analysis, analyse
 from onnxshrink.graph import Graph
+from onnxshrink.lazy import LazyModel
 from onnxshrink.plan import make_plan
 from onnxshrink.speed import auto
 from onnxshrink.speed.choose import Forms, is_short
@@ -133,9 +134,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, float]]:
     """Instead of a race: seconds by the width of the result, 64 being the input's; the first entry, then the next."""
     scripts: list[dict[int, float]] = []
 
-    def run(self: auto._Contest, models: list[onnx.ModelProto]) -> list[Array]:
+    def run(self: auto._Contest, models: list[LazyModel]) -> list[Array]:
         script = scripts.pop(0) if len(scripts) > 1 else scripts[0]
-        return [np.full(8, script[width]) for width in (64, *(shapes(model)["w1"][0] for model in models))]
+        return [np.full(8, script[width]) for width in (64, *(shapes(model.proto)["w1"][0] for model in models))]
 
     monkeypatch.setattr(auto._Contest, "_race", run)
     monkeypatch.setattr(auto, "load_kernels", lambda: BLOCKS)
