@@ -59,9 +59,13 @@ class Sources:
             least: no more bytes than this do not matter.
         """
         for source in self.stored(name) or ():
-            nbytes = self._graph.constants[source].nbytes
-            if nbytes > least and sum(map(self._nbytes, self._results.get(source, ()))) > nbytes + least:
-                return True
+            results = self._results.get(source, set())
+            if self._graph.constants[source].nbytes > least:
+                # Other sources may go into the same results.
+                sources = frozenset([source]).union(*(self.stored(result) or () for result in results))
+                given = sum(self._graph.constants[other].nbytes for other in sources)
+                if sum(map(self._nbytes, results)) > given + least:
+                    return True
         return False
 
     def _nbytes(self, name: str) -> float:

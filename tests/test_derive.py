@@ -58,6 +58,23 @@ def test_an_extent_read_off_a_weight_does_not_keep_it() -> None:
     check_same(before, small, x=draw(1, 3, 6, 6))
 
 
+def test_weights_that_are_cut_and_joined_lose_their_dead_rows() -> None:
+    """As exporters bring the gates of a recurrent layer in another order, and both directions together."""
+    before = build(
+        """g (float[4, 48] x) => (float[4, 6] y) {
+            a, b = Split<axis = 1, num_outputs = 2>(v) t = Concat<axis = 1>(b, a) j = Concat<axis = 1>(t, w)
+            h = MatMul(x, j) r = Relu(h) y = MatMul(r, u) }""",
+        v=dead(draw(48, 100), *range(80), axis=1),
+        w=dead(draw(48, 100), *range(90), axis=1),
+        u=draw(200, 6),
+        opset=18,
+    )
+    small = shrunk(before)
+    assert operators(small) == ["MatMul", "Relu", "MatMul"]
+    assert parameters(small) == 30 * 48 + 30 * 6
+    check_same(before, small, x=draw(4, 48))
+
+
 def test_what_is_computed_from_a_weight_is_counted_where_the_graph_reads_it() -> None:
     graph = Graph(standardised())
     sources = Sources(graph)
