@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from onnxshrink.report import Report
     from onnxshrink.result import ShrinkResult
     from onnxshrink.shrink import shrink
+    from onnxshrink.transfer.portable import ShrinkPlan
+    from onnxshrink.transfer.steps import apply_plan, make_plan
     from onnxshrink.verify import Equivalence, OutputsDiffer, verify
 
 __all__ = [
@@ -29,9 +31,12 @@ __all__ = [
     "OutputsDiffer",
     "Report",
     "RuleError",
+    "ShrinkPlan",
     "ShrinkResult",
     "__version__",
+    "apply_plan",
     "export",
+    "make_plan",
     "rule",
     "shrink",
     "verify",
@@ -41,7 +46,10 @@ _HOMES = {
     "Equivalence": "verify",
     "OutputsDiffer": "verify",
     "Report": "report",
+    "ShrinkPlan": "transfer.portable",
     "ShrinkResult": "result",
+    "apply_plan": "transfer.steps",
+    "make_plan": "transfer.steps",
     "rule": "custom",
     "shrink": "shrink",
     "verify": "verify",

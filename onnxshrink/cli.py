@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
-from onnxshrink.commands import bench, demo, shrink, verify
+from onnxshrink.commands import apply, bench, demo, plan, shrink, verify
 from onnxshrink.errors import OnnxshrinkError
 from onnxshrink.version import __version__
 
@@ -26,11 +26,18 @@ class _Command(Protocol):
     def run(self, arguments: argparse.Namespace) -> int: ...
 
 
-_COMMANDS: dict[str, _Command] = {"shrink": shrink, "verify": verify, "bench": bench, "demo": demo}
+_COMMANDS: dict[str, _Command] = {
+    "shrink": shrink,
+    "plan": plan,
+    "apply": apply,
+    "verify": verify,
+    "bench": bench,
+    "demo": demo,
+}
 EXIT_INTERNAL = 4
 EXIT_INTERRUPTED = 130
 _EPILOG = """exit codes:
-  0  done (for shrink: OUT is written)
+  0  done (for shrink, plan and apply: OUT is written)
   1  of the models of a folder, some could not be shrunk; the others are written
   2  bad usage, or a file that cannot be used; nothing is written
   3  the outputs differ; nothing is written

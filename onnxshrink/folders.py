@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from onnxshrink.errors import InputError
 from onnxshrink.jobs import Finished, run_jobs
 from onnxshrink.processes import python_command
+from onnxshrink.save import sweep
 
 _PREFIX = "onnxshrink: error: "
 
@@ -102,14 +102,6 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _sweep(target: Path) -> None:
-    """Remove what a process that was killed has left beside its target."""
-    left = re.compile(re.escape(f".{target.name[:150]}.") + r"[0-9a-f]{16}(\.data)?\.tmp")
-    for name in os.listdir(target.parent):
-        if left.fullmatch(name):
-            target.with_name(name).unlink(missing_ok=True)
-
-
 class _Batch:
     """The models of a folder while they are being shrunk."""
 
@@ -153,7 +145,7 @@ class _Batch:
             outcome = Outcome(model.as_posix(), 0, finished.seconds, None, json.loads(report.read_text()))
         else:
             if finished.code < 0:
-                _sweep(self._output / model)
+                sweep(self._output / model)
             reason = finished.reason().removeprefix(_PREFIX)
             outcome = Outcome(model.as_posix(), finished.code, finished.seconds, reason)
         self.outcomes.append(outcome)

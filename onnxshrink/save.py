@@ -88,7 +88,7 @@ def _lock(file: BinaryIO) -> bool:
     return True
 
 
-def _sweep(target: Path) -> None:
+def sweep(target: Path) -> None:
     """Remove what runs that were killed have left beside a target."""
     pattern = re.compile(re.escape(f".{target.name[:150]}.") + r"[0-9a-f]{16}(\.data)?\.tmp")
     for name in os.listdir(target.parent):
@@ -114,7 +114,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     path = Path(os.path.realpath(path))
     with _refusals(path):
-        _sweep(path)
+        sweep(path)
         temporary = _Temporary(path)
         try:
             yield temporary.file
@@ -173,7 +173,7 @@ class Staged:
         self._data: _Temporary | None = None
         self._light = onnx.ModelProto()
         with self._writing():
-            _sweep(self.target)
+            sweep(self.target)
             if external or weight_bytes(model) > LARGEST:
                 self._write_external(LazyModel.of(model) if isinstance(model, onnx.ModelProto) else model)
             else:

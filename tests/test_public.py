@@ -21,9 +21,12 @@ NAMES = [
     "OutputsDiffer",
     "Report",
     "RuleError",
+    "ShrinkPlan",
     "ShrinkResult",
     "__version__",
+    "apply_plan",
     "export",
+    "make_plan",
     "rule",
     "shrink",
     "verify",
@@ -57,6 +60,11 @@ def test_version() -> None:
             "model masks * output verify inputs samples seed align report progress",
         ),
         ("verify", "reference candidate * inputs samples seed kept"),
+        ("make_plan", "model masks * inputs seed align timing zero_tolerance progress"),
+        (
+            "apply_plan",
+            "model plan masks * output verify inputs samples seed zero_tolerance report progress",
+        ),
     ],
 )
 def test_signatures(name: str, parameters: str) -> None:

@@ -69,7 +69,7 @@ def options(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text))
 
 
-@pytest.mark.parametrize("command", ["shrink", "verify", "bench"])
+@pytest.mark.parametrize("command", ["shrink", "plan", "apply", "verify", "bench"])
 def test_usage_names_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     usage = " ".join(re.findall(rf"    onnxshrink {command} (.*?)(?=\n    onnxshrink|\n\n)", README, re.DOTALL))
     assert usage

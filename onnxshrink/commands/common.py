@@ -32,6 +32,36 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the random inputs (0)")
 
 
+def add_masks(parser: argparse.ArgumentParser) -> None:
+    """The options that say which weights count as zero."""
+    parser.add_argument(
+        "--masks", metavar="FILE", help="0/1 arrays by weight name: .npz, .pt, .pth or .safetensors; applied first"
+    )
+    parser.add_argument(
+        "--zero-tolerance", metavar="T", type=float, default=0.0, help="weights up to T count as zero (0); lossy"
+    )
+
+
+def add_widths(parser: argparse.ArgumentParser) -> None:
+    """The options that say how wide layers become."""
+    parser.add_argument(
+        "--align",
+        metavar="none|auto|N",
+        type=_align,
+        default="auto",
+        help="widths: the fewest parameters, what runs fastest here (the default), or multiples of N",
+    )
+    parser.add_argument("--no-timing", action="store_true", help="choose the fastest form by a cost model alone")
+
+
+def _align(text: str) -> str | int:
+    if text in ("none", "auto"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be none, auto, or a number from 1, not {text!r}")
+    return int(text)
+
+
 def read_inputs(given: Sequence[str]) -> Mapping[str, Array]:
     """`NAME=FILE.npy`, several times, as arrays by name. Raises InputError."""
     inputs: dict[str, Array] = {}

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from onnxshrink.commands import folder
-from onnxshrink.commands.common import add_inputs, make_console, progress, read_inputs
+from onnxshrink.commands.common import add_inputs, add_masks, add_widths, make_console, progress, read_inputs
 from onnxshrink.errors import InputError
 
 TEXT = "Write a smaller model that computes the same."
@@ -24,35 +24,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="the smaller model, or the folder for them; may be MODEL",
     )
-    parser.add_argument(
-        "--masks", metavar="FILE", help="0/1 arrays by weight name: .npz, .pt, .pth or .safetensors; applied first"
-    )
+    add_masks(parser)
     parser.add_argument("--report", metavar="FILE.json", help="write what was removed, what stayed and why")
     parser.add_argument("--no-verify", action="store_true", help="do not compare the outputs of both models")
-    parser.add_argument(
-        "--align",
-        metavar="none|auto|N",
-        type=_align,
-        default="auto",
-        help="widths: the fewest parameters, what runs fastest here (the default), or multiples of N",
-    )
-    parser.add_argument("--no-timing", action="store_true", help="choose the fastest form by a cost model alone")
-    parser.add_argument(
-        "--zero-tolerance", metavar="T", type=float, default=0.0, help="weights up to T count as zero (0); lossy"
-    )
+    add_widths(parser)
     parser.add_argument(
         "--jobs", metavar="N", type=int, default=1, help="of a folder, so many models at a time, a process each (1)"
     )
     add_inputs(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing unless something is wrong")
-
-
-def _align(text: str) -> str | int:
-    if text in ("none", "auto"):
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be none, auto, or a number from 1, not {text!r}")
-    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -73,5 +73,6 @@ def _parts(graph: Graph) -> Iterator[bytes]:
 
 def _digest(constant: Constant) -> str:
     found = hashlib.sha256(f"{constant.dtype} {constant.shape}".encode())
-    found.update(np.ascontiguousarray(constant.array()).reshape(-1).view(np.uint8).data)
+    for block in constant.blocks():
+        found.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
     return found.hexdigest()[:_DIGITS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +27,26 @@ class ShrinkPlan:
         plan: what stays of every tensor, and what is folded where.
         facts: what analysis found out.
         fingerprint: of the model that it is for, masks applied.
-        whole: why the model stays as it is; None where something goes.
+        parameters: of that model, and of the smaller one.
+        whole: whether the model stays as it is.
+        note: why it does, although something could go.
         version: of the onnxshrink that made it, the only one that carries it out.
     """
 
     plan: Plan
     facts: Facts
     fingerprint: Fingerprint
-    whole: str | None = None
+    parameters: tuple[int, int]
+    whole: bool = False
+    note: str | None = None
     version: str = __version__
+
+    def summary(self) -> str:
+        """What the plan does, in a sentence."""
+        if self.whole:
+            return f"Nothing goes: {self.note or 'no channel can go'}."
+        before, after = self.parameters
+        return f"{before:,} parameters become {after:,}" + (f" ({after / before:.1%})." if before else ".")
 
     def to_json(self) -> str:
         """The plan as text in JSON, to be read by `from_json`."""
@@ -42,7 +54,9 @@ class ShrinkPlan:
             "format": _FORMAT,
             "version": self.version,
             "fingerprint": {"graph": self.fingerprint.graph, "weights": dict(self.fingerprint.weights)},
+            "parameters": self.parameters,
             "whole": self.whole,
+            "note": self.note,
             "plan": _encode_plan(self.plan),
             "facts": _encode_facts(self.facts),
         }
@@ -64,10 +78,25 @@ class ShrinkPlan:
                 plan=_decode_plan(data["plan"]),
                 facts=_decode_facts(data["facts"]),
                 fingerprint=Fingerprint(str(data["fingerprint"]["graph"]), dict(data["fingerprint"]["weights"])),
-                whole=data["whole"],
+                parameters=(int(data["parameters"][0]), int(data["parameters"][1])),
+                whole=bool(data["whole"]),
+                note=data["note"],
             )
         except Exception as error:
             raise InputError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+
+
+def read_plan(path: str | os.PathLike[str]) -> ShrinkPlan:
+    """A plan from a file. Raises InputError."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except OSError as error:
+        raise InputError(f"plan {os.fspath(path)}: cannot be read: {error.strerror or error}") from error
+    try:
+        return ShrinkPlan.from_json(text)
+    except InputError as error:
+        raise InputError(f"plan {os.fspath(path)}: {error}") from error
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------

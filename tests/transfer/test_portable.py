@@ -31,14 +31,14 @@ def there(model: onnx.ModelProto, alignment: Alignment | None = None) -> tuple[b
     analysis = analyse(graph)
     plan = make_plan(analysis, alignment)
     small = apply(analysis, plan)
-    return serialized(small), ShrinkPlan(plan, facts_of(analysis), take_fingerprint(graph)).to_json()
+    return serialized(small.whole()), ShrinkPlan(plan, facts_of(analysis), take_fingerprint(graph), (2, 1)).to_json()
 
 
 def elsewhere(model: onnx.ModelProto, text: str) -> bytes:
     """The smaller model, where the plan is carried out."""
     plan = ShrinkPlan.from_json(text)
     assert plan.to_json() == text
-    return serialized(apply(recall(Graph(model), plan.facts), plan.plan))
+    return serialized(apply(recall(Graph(model), plan.facts), plan.plan).whole())
 
 
 def serialized(model: onnx.ModelProto) -> bytes:
@@ -72,7 +72,7 @@ def test_random_graphs(block: int) -> None:
 
 def test_the_text_is_json_that_names_everything_by_name() -> None:
     data = json.loads(there(chain(True))[1])
-    assert (data["format"], data["version"], data["whole"]) == ("onnxshrink plan", __version__, None)
+    assert (data["format"], data["version"], data["whole"]) == ("onnxshrink plan", __version__, False)
     assert set(data["fingerprint"]["weights"]) == {"w1", "b1", "w2", "b2"}
     # Channels 0 and 2 of four.
     assert data["plan"]["kept"]["r"] == [None, [4, "oA=="], 4, 4]
