@@ -31,6 +31,23 @@ def test_the_readme_names_every_tool_and_no_other() -> None:
     assert named == {path.name for path in (ROOT / "tools").glob("*.py")}
 
 
+PAGES = {
+    path.name: "\n".join(
+        re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    )
+    for path in sorted((ROOT / "docs").glob("*.md"))
+}
+
+
+@pytest.mark.parametrize("page", [name for name, code in PAGES.items() if code])
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "import torch" in PAGES[page]:
+        pytest.importorskip("torch.onnx", reason="PyTorch is not installed")
+        pytest.importorskip("onnxscript", reason="onnxscript, which torch.onnx.export needs, is not installed")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(PAGES[page], page, "exec"), {"__name__": "page"})
+
+
 def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)", README)
     assert links

@@ -27,8 +27,8 @@ def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_there_is_code_for_python_and_for_pytorch() -> None:
-    assert len(BLOCKS) == 2
-    assert [("import torch" in code) for code in BLOCKS] == [False, True]
+    assert len(BLOCKS) == 3
+    assert [("import torch" in code) for code in BLOCKS] == [False, True, True]
 
 
 @pytest.mark.parametrize("command", FRESH_MACHINE, ids=["demo", "tests"])
