@@ -281,11 +281,9 @@ def endless(known: Known) -> BoolArray | None:
 
 def infinities(operand: Operand) -> BoolArray | None:
     """Elements of an operand that may be minus infinity."""
-    if operand.constant is None or operand.constant.size == 0 or operand.constant.dtype.kind not in _REAL_KINDS:
+    if operand.constant is None:
         return operand.infinite
-    value = operand.constant.array()
-    # Most weights hold none: no array of their size is made to find that out.
-    return None if np.isfinite(value.min()) and np.isfinite(value.max()) else endless(operand.known)
+    return None if operand.constant.finite else endless(operand.known)
 
 
 def spoilt(view: View) -> list[BoolArray | None]:

@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxshrink.errors import InputError
+from onnxshrink.pattern import Pattern, collect
 
 Array = NDArray[Any]
 BoolArray = NDArray[np.bool_]
 
-_BLOCK = 1 << 25  # bytes of a file that are mapped at a time
+_BLOCK = 1 << 22  # bytes of a file that are mapped at a time
+_REAL_KINDS = "fV"  # V: those that numpy lacks, such as bfloat16
 _SMALL = 1 << 16  # bytes; smaller constants are kept once they are read
 _T = onnx.TensorProto
 # Types whose elements fill whole bytes. Of the others the checker knows how many bytes there must be.
@@ -236,6 +238,7 @@ class Constant(Values):
         self.name = name
         self._small: Array | None = None
         self._nonzero: dict[tuple[int, ...], BoolArray] = {}
+        self._patterns: dict[tuple[int, int], Pattern] = {}
 
     @classmethod
     def named(cls, name: str, values: Values) -> Constant:
@@ -253,14 +256,57 @@ class Constant(Values):
 
     def nonzero(self, axes: tuple[int, ...]) -> BoolArray:
         """Where along `axes` (in order of the tensor) any element is not zero, reduced over the other axes."""
+        if len(axes) == 2:
+            return self.pattern(axes[0], axes[1]).full()
         if axes not in self._nonzero:
-            finer = next((known for known in self._nonzero if set(axes) < set(known)), None)
-            if finer is None:
-                self._nonzero[axes] = any_nonzero(self.array(), axes)
-            else:
-                rest = tuple(position for position, axis in enumerate(finer) if axis not in axes)
-                self._nonzero[axes] = any_along(self._nonzero[finer], rest)
+            self._nonzero[axes] = self._find_nonzero(axes)
         return self._nonzero[axes]
+
+    def pattern(self, first: int, second: int) -> Pattern:
+        """`nonzero((first, second))`, with equal lines stored once."""
+        if (first, second) not in self._patterns:
+            finer = self._finer((first, second))
+            parts = [finer] if finer is not None else self._parts((first, second))
+            self._patterns[first, second] = collect(parts)
+        return self._patterns[first, second]
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether no element is infinite, or no number."""
+        if not self.size or self.dtype.kind not in _REAL_KINDS:
+            return True
+        # Neither the least nor the largest of some numbers is finite where one is none.
+        return all(bool(np.isfinite(block.min()) and np.isfinite(block.max())) for block in self.blocks())
+
+    def _find_nonzero(self, axes: tuple[int, ...]) -> BoolArray:
+        finer = self._finer(axes)
+        if finer is not None:
+            return finer
+        if len(axes) == 1:
+            for (first, second), pattern in self._patterns.items():
+                if axes[0] in (first, second):
+                    return pattern.anywhere((first, second).index(axes[0]))
+        parts = self._parts(axes)
+        return np.concatenate(list(parts)) if axes[:1] == (0,) else next(iter(parts))
+
+    def _finer(self, axes: tuple[int, ...]) -> BoolArray | None:
+        """What follows from a pattern along more axes that was found already."""
+        for known, mask in self._nonzero.items():
+            if set(axes) < set(known):
+                return any_along(mask, tuple(position for position, axis in enumerate(known) if axis not in axes))
+        return None
+
+    def _parts(self, axes: tuple[int, ...]) -> Iterator[BoolArray]:
+        """Pieces of a pattern along the first axis, if that is one of `axes`; else all of it."""
+        if axes[:1] == (0,):
+            yield from (any_nonzero(block, axes) for block in self.blocks())
+            return
+        found: BoolArray | None = None
+        for block in self.blocks():
+            part = any_nonzero(block, axes)
+            found = part if found is None else found | part
+        assert found is not None
+        yield found
 
 
 def any_along(mask: BoolArray, axes: int | tuple[int, ...], keepdims: bool = False) -> BoolArray:

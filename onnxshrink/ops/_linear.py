@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxshrink.facts import Known, along, uniform
+from onnxshrink.pattern import Pattern
 from onnxshrink.registry import Keep
 from onnxshrink.view import APPENDED, Fold, View, vector
 from onnxshrink.weights import Array, BoolArray, any_along
@@ -28,7 +29,7 @@ class Linear:
         slot: the data input.
         axis: its channel axis.
         output_axis: channel axis of the output.
-        pattern: `[group, out, in]`, where the weights are not zero (summed over a kernel).
+        pattern: `[group, out, in]`, where the weights are not zero (summed over a kernel); `[out, in]` of one group.
         border: whether a constant channel contributes differently near a border, so that no bias can stand for it.
         bias: whether a constant may be added to the output.
         editable: whether the weights are constant, so that columns can be added to each other.
@@ -39,7 +40,7 @@ class Linear:
     slot: int
     axis: int
     output_axis: int
-    pattern: BoolArray
+    pattern: BoolArray | Pattern
     border: bool
     bias: bool
     editable: bool = True
@@ -48,13 +49,13 @@ class Linear:
     @property
     def groups(self) -> int:
         """Number of groups."""
-        return int(self.pattern.shape[0])
+        return 1 if isinstance(self.pattern, Pattern) else int(self.pattern.shape[0])
 
     def _channels(self) -> int:
-        return int(self.pattern.shape[0] * self.pattern.shape[2])
+        return self.groups * int(self.pattern.shape[-1])
 
     def _outputs(self) -> int:
-        return int(self.pattern.shape[0] * self.pattern.shape[1])
+        return self.groups * int(self.pattern.shape[-2])
 
     def constants(self) -> tuple[BoolArray, Array]:
         """Channels that hold one known value everywhere, and the values."""
@@ -67,17 +68,23 @@ class Linear:
         """Output channels that depend on the input; then known channels of the input and their values."""
         mask, value = self.constants()
         blocking = ~mask | ((value != 0) & self.border)
-        grid = blocking.reshape(self.groups, 1, -1)
-        unknown = (self.pattern & grid).any(axis=2).reshape(-1)
+        unknown = self._reached_outputs(blocking)
         if bias is not None:
             unknown |= ~along(bias.mask.reshape(-1), 0, self._outputs())
         return unknown, mask, value
 
     def needed_channels(self, outputs: BoolArray) -> BoolArray:
         """Channels that reach any of the given output channels."""
+        if isinstance(self.pattern, Pattern):
+            return self.pattern.reached(1, outputs)
         grid = outputs.reshape(self.groups, -1, 1)
-        result: BoolArray = (self.pattern & grid).any(axis=1).reshape(-1)
-        return result
+        return np.asarray((self.pattern & grid).any(axis=1).reshape(-1))
+
+    def _reached_outputs(self, channels: BoolArray) -> BoolArray:
+        if isinstance(self.pattern, Pattern):
+            return self.pattern.reached(0, channels)
+        grid = channels.reshape(self.groups, 1, -1)
+        return np.asarray((self.pattern & grid).any(axis=2).reshape(-1))
 
     def live_outputs(self) -> BoolArray:
         """Output channels with a live element."""

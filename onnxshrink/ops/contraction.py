@@ -9,13 +9,24 @@ import numpy as np
 from onnxshrink.facts import Known, along, everything, partial, uniform
 from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.ops._linear import Linear
+from onnxshrink.pattern import Pattern, collect
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import Fold, Operand, View
 from onnxshrink.weights import Array, BoolArray, any_along
 
+# Beyond so many distinct lines on both sides, a product of numbers is faster than one line after the other.
+_FEW_LINES = 8
 
-def bool_product(left: BoolArray, right: BoolArray) -> BoolArray:
+
+def bool_product(left: BoolArray | Pattern, right: BoolArray | Pattern) -> BoolArray:
     """`any over k of left[..., m, k] & right[..., k, n]` on compressed masks."""
+    if isinstance(left, Pattern):
+        # (A B)' = B' A': the pattern always comes second.
+        other = right.full() if isinstance(right, Pattern) else right
+        found: BoolArray = bool_product(other.swapaxes(-1, -2), left.T).swapaxes(-1, -2)
+        return found
+    if isinstance(right, Pattern):
+        return _pattern_product(left, right)
     if left.shape[-1] == 1:
         return left & any_along(right, -2, keepdims=True)
     if right.shape[-2] == 1:
@@ -26,6 +37,30 @@ def bool_product(left: BoolArray, right: BoolArray) -> BoolArray:
     if right.ndim == 2 and left.shape[-2] > 1:
         return _by_distinct_rows(left, right)
     return _float_product(left, right)
+
+
+def _pattern_product(left: BoolArray, right: Pattern) -> BoolArray:
+    """Positions mostly share one mask: each distinct row is multiplied once."""
+    if left.shape[-1] == 1:
+        return left & right.anywhere(1)
+    rows = collect([left.reshape(-1, left.shape[-1])])
+    if min(rows.lines.shape[0], right.lines.shape[0]) > _FEW_LINES:
+        found = _float_product(rows.lines, right.full())
+    else:
+        found = np.stack([right.reached(1, line) for line in rows.lines])
+    return found[rows.index].reshape(*left.shape[:-1], right.shape[1])
+
+
+def _swapped(mask: BoolArray | Pattern) -> BoolArray | Pattern:
+    return mask.T if isinstance(mask, Pattern) else mask.swapaxes(-1, -2)
+
+
+def _along_inner(mask: BoolArray | Pattern, axis: int) -> BoolArray:
+    """Positions of one of the last two axes at which anything holds."""
+    if isinstance(mask, Pattern):
+        return mask.anywhere(axis)
+    kept = mask.ndim - 2 + axis
+    return any_along(mask, tuple(other for other in range(mask.ndim) if other != kept))
 
 
 def _float_product(left: BoolArray, right: BoolArray) -> BoolArray:
@@ -76,11 +111,19 @@ class Product:
     def _matrix(self, side: int, array: Array) -> Array:
         return array.swapaxes(-1, -2) if self.transposed[side] else array
 
-    def masks(self, side: int) -> tuple[BoolArray, BoolArray]:
+    def masks(self, side: int) -> tuple[BoolArray, BoolArray | Pattern]:
         """Unknown elements, and elements that may not be zero, as `[..., row, column]`."""
         operand = self.operands[side]
+        if operand.constant is not None and operand.rank == 2:
+            pattern = operand.constant.pattern(0, 1)
+            return unknown(operand), pattern.T if self.transposed[side] else pattern
         counts = not_zero(operand) & ~self._unnoticed(side)
         return self._matrix(side, unknown(operand)), self._matrix(side, counts)
+
+    def _known_nonzero(self, side: int) -> BoolArray | Pattern:
+        """Elements that are known and may not be zero; a constant is known everywhere."""
+        unknown, counts = self.masks(side)
+        return counts if isinstance(counts, Pattern) else counts & ~unknown
 
     def _unnoticed(self, side: int) -> BoolArray:
         """Elements that add the same number to a whole line of the product along which nobody would notice.
@@ -105,8 +148,7 @@ class Product:
         mask = ~self.unknown_output()
         if self._contracted() is None:
             # Constants times constants would add up over an axis of unknown extent.
-            (ua, za), (ub, zb) = self.masks(0), self.masks(1)
-            mask = mask & ~bool_product(za & ~ua, zb & ~ub)
+            mask = mask & ~bool_product(self._known_nonzero(0), self._known_nonzero(1))
         means, mean = self._means()
         if not mask.any() and not means.any():
             return None
@@ -137,11 +179,8 @@ class Product:
 
     def _both_nonzero(self) -> BoolArray:
         """Contracted indices at which both sides may hold a known value other than zero."""
-        (ua, za), (ub, zb) = self.masks(0), self.masks(1)
-        left, right = za & ~ua, zb & ~ub
-        a = any_along(left, tuple(range(left.ndim - 1)))
-        b = any_along(right, (*range(right.ndim - 2), right.ndim - 1))
-        return a & b
+        left, right = self._known_nonzero(0), self._known_nonzero(1)
+        return _along_inner(left, 1) & _along_inner(right, 0)
 
     def _value(self) -> Array:
         """The product of what is known, in double precision; only the contracted indices that matter are read."""
@@ -172,11 +211,11 @@ class Product:
         """Needed elements of both sides."""
         live = self.view.live()
         (_, za), (_, zb) = self.masks(0), self.masks(1)
-        left = bool_product(live, zb.swapaxes(-1, -2))
+        left = bool_product(live, _swapped(zb))
         needed = reduce_to(self._matrix(0, left), self.operands[0])
         if self.operands[1].constant is not None:
             return needed, everything(self.operands[1].rank)
-        right = bool_product(za.swapaxes(-1, -2), live)
+        right = bool_product(_swapped(za), live)
         return needed, reduce_to(self._matrix(1, right), self.operands[1])
 
     def retain(self) -> list[Keep]:
@@ -213,11 +252,11 @@ def matmul_linear(view: View) -> Linear | None:
     output = view.output().rank
     if _is_weights(right) and left.extent(left.rank - 1) is not None:
         assert right.constant is not None
-        pattern = right.constant.nonzero((0, 1)).T[None]
+        pattern = right.constant.pattern(0, 1).T
         return Linear(view, 0, left.rank - 1, output - 1, pattern, border=False, bias=True)
     if _is_weights(left) and right.extent(right.rank - 2) is not None:
         assert left.constant is not None
-        pattern = left.constant.nonzero((0, 1))[None]
+        pattern = left.constant.pattern(0, 1)
         return Linear(view, 1, right.rank - 2, output - 2, pattern, border=False, bias=True)
     return None
 
@@ -300,8 +339,8 @@ def gemm_linear(view: View) -> Linear | None:
     axis = 0 if a else 1
     if weights.constant is None or data.extent(axis) is None:
         return None
-    grid = weights.constant.nonzero((0, 1))
-    return Linear(view, 0, axis, 1, (grid if b else grid.T)[None], border=False, bias=_bias_vector(view))
+    grid = weights.constant.pattern(0, 1)
+    return Linear(view, 0, axis, 1, grid if b else grid.T, border=False, bias=_bias_vector(view))
 
 
 def _scalars(view: View) -> tuple[float, float]:

@@ -31,7 +31,7 @@ def _linear(view: View) -> Linear:
     """No bias stands for a constant channel: samples outside are zero."""
     weights = view.data(_WEIGHTS).constant
     assert weights is not None
-    return Linear(view, 0, 1, 1, weights.nonzero((0, 1))[None], border=True, bias=False, editable=False)
+    return Linear(view, 0, 1, 1, weights.pattern(0, 1), border=True, bias=False, editable=False)
 
 
 def _forward(view: View) -> list[Known | None]:

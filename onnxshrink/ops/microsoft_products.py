@@ -47,8 +47,8 @@ def _linear(view: View) -> Linear | None:
     axis = data.rank - (2 if a else 1)
     if weights.constant is None or weights.rank != 2 or data.extent(axis) is None:
         return None
-    grid = weights.constant.nonzero((0, 1))
-    return Linear(view, 0, axis, view.output().rank - 1, (grid if b else grid.T)[None], border=False, bias=True)
+    grid = weights.constant.pattern(0, 1)
+    return Linear(view, 0, axis, view.output().rank - 1, grid if b else grid.T, border=False, bias=True)
 
 
 def _alpha(view: View) -> float:

@@ -10,6 +10,7 @@ from onnxshrink.errors import RuleError
 from onnxshrink.facts import Known, everything
 from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.ops._linear import Linear, known_result
+from onnxshrink.pattern import Pattern
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import APPENDED, Fold, View
 from onnxshrink.weights import Array, BoolArray, any_nonzero
@@ -32,8 +33,11 @@ class Kernel:
         self.weights = view.data(1)
         self.data = view.data(0)
 
-    def pattern(self) -> BoolArray:
-        """`[group, out, in]`: where any element of the kernel is not zero."""
+    def pattern(self) -> BoolArray | Pattern:
+        """`[group, out, in]`, or `[out, in]` of one group: where any element of the kernel is not zero."""
+        if self.weights.constant is not None and self.groups == 1:
+            pattern = self.weights.constant.pattern(0, 1)
+            return pattern.T if self.transposed else pattern
         if self.weights.constant is not None:
             found = self.weights.constant.nonzero((0, 1))
         elif self.weights.known.everything:
@@ -128,7 +132,9 @@ def _forward(view: View) -> list[Known | None]:
 
 
 def _has_dead_rows(kernel: Kernel) -> bool:
-    return not bool(kernel.pattern().any(axis=2).all())
+    pattern = kernel.pattern()
+    rows = pattern.anywhere(0) if isinstance(pattern, Pattern) else pattern.any(axis=2)
+    return not bool(rows.all())
 
 
 def _backward(view: View) -> list[BoolArray | None]:
