@@ -42,6 +42,7 @@ _EPILOG = """exit codes:
   2  bad usage, or a file that cannot be used; nothing is written
   3  the outputs differ; nothing is written
   4  internal error; nothing is written
+  130  interrupted; no partial file is left
 """
 
 

@@ -1,4 +1,7 @@
-"""onnxruntime: models as it can load them, sessions that are silent and repeatable."""
+"""onnxruntime: models as it can load them, sessions that are silent and repeatable.
+
+The runtime itself is imported when the first session is made: not every command needs one.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from onnxshrink.errors import InputError
 from onnxshrink.inputs import Feed, RunError
@@ -27,10 +29,14 @@ from onnxshrink.save import weight_bytes, write_model
 
 _SMALL = 1024  # elements; larger initializers are weights, and only their shape matters for drawing inputs
 
-_RUNTIME_ERRORS: tuple[type[Exception], ...] = (
-    *(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception)),
-    *(RuntimeError, ValueError, MemoryError, OSError, EncodeError),
-)
+
+@cache
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """What the runtime raises."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = (found for found in vars(state).values() if isinstance(found, type) and issubclass(found, Exception))
+    return (*own, RuntimeError, ValueError, MemoryError, OSError, EncodeError)
 
 
 class Model:
@@ -74,7 +80,9 @@ class Model:
             extra = onnx.ModelProto()
             extra.graph.output.extend(onnx.ValueInfoProto(name=name) for name in exposed)
             source += extra.SerializeToString()
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class Loadable(Protocol):
@@ -106,8 +114,10 @@ class Session:
         entries: Mapping[str, str] = MappingProxyType({}),
         profile: Path | None = None,
     ) -> None:
-        levels = ort.GraphOptimizationLevel
-        options = ort.SessionOptions()
+        import onnxruntime
+
+        levels = onnxruntime.GraphOptimizationLevel
+        options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
@@ -117,7 +127,7 @@ class Session:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         try:
             self._session = model.load(options, exposed)
-        except _RUNTIME_ERRORS as error:
+        except _runtime_errors() as error:
             raise RunError(_first_line(error)) from error
         self.names: list[str] = [output.name for output in self._session.get_outputs()]
         self.types: list[str] = [output.type for output in self._session.get_outputs()]
@@ -130,7 +140,7 @@ class Session:
                 return list(self._session.run(None, feed))
             values = {name: _to_value(array, name in self._halves) for name, array in feed.items()}
             return [_from_value(value) for value in self._session.run_with_ort_values(None, values)]
-        except _RUNTIME_ERRORS as error:
+        except _runtime_errors() as error:
             raise RunError(_first_line(error)) from error
 
     def prepare(self, feed: Feed) -> Callable[[], object]:
@@ -147,10 +157,12 @@ class Session:
 
 def _to_value(array: Array, half: bool) -> Any:
     """numpy has no bfloat16: it is the upper half of a float32."""
+    from onnxruntime import OrtValue
+
     if not half:
-        return ort.OrtValue.ortvalue_from_numpy(array)
+        return OrtValue.ortvalue_from_numpy(array)
     bits = (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+    return OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
 
 
 def _from_value(value: Any) -> Array:

@@ -107,6 +107,15 @@ print(onnxshrink.shrink.__module__, onnxshrink.Equivalence.__module__, set(onnxs
     assert python(code).splitlines() == ["[]", "onnxshrink.shrink onnxshrink.verify True"]
 
 
+def test_the_runtime_is_imported_when_it_runs_something() -> None:
+    code = """
+import sys, onnxshrink
+onnxshrink.shrink
+print("onnxruntime" in sys.modules)
+"""
+    assert python(code) == "False"
+
+
 def test_names_that_do_not_exist_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'onnxshrink' has no attribute 'shrunk'"):
         _ = onnxshrink.shrunk

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
 _STATUS = Path("/proc/self/status")
 
 
@@ -37,7 +35,9 @@ class OnDisk:
 
     def load(self, options: Any, exposed: Sequence[str]) -> Any:
         """The session."""
-        return ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
 
 
 def peaks(load: Callable[[], Callable[[], object]]) -> Memory | None:

@@ -87,6 +87,8 @@ def _profile(job: Job) -> list[list[dict[str, Any]]]:
 
 def _inspect(job: Job) -> dict[str, Any]:
     """Peaks of memory and denormal numbers of one model, in this order, in a process that does not flush the latter."""
+    import onnxruntime  # noqa: F401 - its own memory is no model's
+
     index, feed = job.options["index"], read_feed(job.folder / "feed")
 
     def load() -> Callable[[], object]:
