@@ -85,6 +85,39 @@ def fitted(mask: np.ndarray, shape: tuple[int, ...], blocks: bool) -> np.ndarray
     return mask
 
 
+class Copies:
+    """Weights that an exporter has written more than once: as they are for one use, transposed for another."""
+
+    def __init__(self, weights: Mapping[str, Any]) -> None:
+        self._weights = weights
+        self._alike: defaultdict[tuple[int, float, float], list[str]] = defaultdict(list)
+        for name, weight in weights.items():
+            array = _values(weight)
+            if array is not None and array.ndim > 1 and array.size:
+                self._alike[_key(array)].append(name)
+
+    def of(self, match: Match) -> Iterator[Match]:
+        """Matches of the same mask with the other copies of a weight."""
+        array = _values(self._weights[match.weight])
+        if array is None or array.ndim < 2 or not array.size or match.values.shape != array.shape:
+            return
+        if _is_uniform(array):  # alike by chance
+            return
+        for name in self._alike[_key(array)]:
+            other = _values(self._weights[name])
+            if name == match.weight or other is None:
+                continue
+            if other.shape == array.shape and np.array_equal(other, array):
+                yield Match(match.mask, name, match.values)
+            elif other.shape == array.T.shape and np.array_equal(other, array.T):
+                yield Match(match.mask, name, match.values.T)
+
+
+def _key(array: np.ndarray) -> tuple[int, float, float]:
+    """What is the same for a matrix and its transpose."""
+    return array.size, float(array.flat[0]), float(array.flat[-1])
+
+
 class Matcher:
     """The weights of a model, found by the names of masks.
 
@@ -112,7 +145,30 @@ class Matcher:
         for name, mask in masks.items():
             if name not in norms:
                 matches += self._match_one(name, mask, dead)
-        return matches
+        self._check_shared(matches)
+        return [*matches, *(copy for match in matches for copy in self._copies.of(match))]
+
+    @cached_property
+    def _copies(self) -> Copies:
+        return Copies(self._weights)
+
+    def _check_shared(self, matches: list[Match]) -> None:
+        """Weights of several modules whose elements are all alike may be one by chance: exporters store them once."""
+        found: defaultdict[str, list[Match]] = defaultdict(list)
+        for match in matches:
+            found[match.weight].append(match)
+        for weight, group in found.items():
+            paths = sorted(p for p, nodes in self._modules.items() if any(weight in node.input for node in nodes))
+            same = all(np.array_equal(match.values, group[0].values) for match in group[1:])
+            array = _values(self._weights[weight])
+            if len(paths) < 2 or (same and len(group) == len(paths)) or array is None or not _is_uniform(array):
+                continue
+            if array.any() and not all(np.all(match.values) for match in group):
+                others = ", ".join(repr(path) for path in paths)
+                raise MaskError(
+                    f"mask {group[0].mask!r}: the modules {others} share this weight, all of whose elements are alike, "
+                    f"perhaps by chance; {_WAY_OUT}"
+                )
 
     def _match_one(self, name: str, mask: np.ndarray, dead: Mapping[str, np.ndarray]) -> list[Match]:
         for wish, module in spellings(name):
@@ -323,8 +379,16 @@ def _fits(mask: np.ndarray, shape: tuple[int, ...]) -> bool:
     return mask.ndim == len(shape) and all(e in (1, whole) for e, whole in zip(mask.shape, shape, strict=True))
 
 
+def _is_uniform(array: np.ndarray | None) -> bool:
+    """Whether all elements are the same."""
+    return array is not None and array.size > 0 and bool((array == array.flat[0]).all())
+
+
 def _values(weight: Any) -> np.ndarray | None:
     """The values of a stored tensor, None when they are not at hand."""
     if not isinstance(weight, onnx.TensorProto) or weight.data_location == onnx.TensorProto.EXTERNAL:
         return None
-    return onnx.numpy_helper.to_array(weight)
+    try:
+        return onnx.numpy_helper.to_array(weight)
+    except ValueError:  # stored incompletely, which is for whoever masks it to say
+        return None

@@ -242,6 +242,45 @@ def test_masks_of_ones_do_nothing() -> None:
     assert apply_masks(model, masks).graph.initializer == model.graph.initializer
 
 
+# --- weights that are stored once, or twice -----------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """An embedding that is the last layer too, and a linear layer that is used on matrices and on batches of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 6)
+        self.mix = nn.Linear(6, 6)
+        self.norm1, self.norm2 = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.out = nn.Linear(6, 7, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(torch.relu(self.mix(self.words(x))))
+        y = self.norm2(y + self.mix(y.mean(1))[:, None])
+        return self.out(y)
+
+
+INPUTS[Tied] = torch.randint(7, (2, 5), generator=torch.Generator().manual_seed(1))
+
+
+@EXPORTERS
+@pytest.mark.parametrize("name", ["words.weight", "mix.weight"])
+def test_all_copies_of_a_weight_are_masked(name: str, dynamo: bool) -> None:
+    assert_masks_the_same(Tied, dynamo, scattered(Tied, name))
+
+
+def test_the_exporter_stores_equal_weights_once() -> None:
+    model = exported(Tied, True)
+    assert not {"norm1.weight", "norm2.weight"} <= {tensor.name for tensor in model.graph.initializer}
+    kept = np.array([1, 1, 0, 1, 0, 1])
+    assert_masks_the_same(Tied, True, {"norm1.weight": kept, "norm2.weight": kept})
+    for name in ("norm1.weight", "norm2.weight"):
+        with pytest.raises(MaskError, match=rf"mask '{name}': the modules 'norm1', 'norm2' share this weight, all of"):
+            apply_masks(model, {name: kept})
+
+
 # --- where masks come from -----------------------------------------------------------------------------------------
 
 
