@@ -8,7 +8,7 @@ each residual stream, are zero in every layer that writes them. For each network
 - the latency of the shrunk network in onnxruntime (one thread) by that of the input, and by that of the network that a
   person would have built by hand with the same widths.
 
-With `--speed`: the latency of each form that a shrunk network may have, see `bench_speed.py`.
+With `--speed`: the latency of each form that a shrunk network may have, see `_bench_speed.py`.
 
 What is compared runs in turns, so that a slow moment of the machine hits all; figures are medians.
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from drawing import FULL, SMOKE, Shape, draw
+from _drawing import FULL, SMOKE, Shape, draw
 from rich.console import Console
 from rich.table import Table
 
@@ -146,9 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--speed", action="store_true", help="latency by how the widths are chosen, instead")
     arguments = parser.parse_args(argv)
     if arguments.speed:
-        import bench_speed
+        import _bench_speed
 
-        return bench_speed.run(arguments.smoke)
+        return _bench_speed.run(arguments.smoke)
     shapes, rounds = (SMOKE, 2) if arguments.smoke else (FULL, 9)
     results = {}
     for shape in shapes:

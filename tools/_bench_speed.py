@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from drawing import SMOKE, Inverted, Shape, draw
+from _drawing import SMOKE, Inverted, Shape, draw
 from rich.console import Console
 from rich.table import Table
 
