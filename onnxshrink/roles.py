@@ -100,11 +100,14 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 
 def _dims(kind: onnx.TypeProto.Tensor, name: str) -> tuple[Size, ...] | None:
-    """Extents; a free dimension is its symbol, or a name of its own where it has none."""
+    """Extents; a free dimension (or a negative extent) is its symbol, or a name of its own where it has none."""
     if not kind.HasField("shape"):
         return None
     dims = enumerate(kind.shape.dim)
-    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or f"{name}#{axis}" for axis, d in dims)
+    return tuple(
+        d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else d.dim_param or f"{name}#{axis}"
+        for axis, d in dims
+    )
 
 
 class _Reader:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from models import build, check_same, dead, draw, shapes, shrunk
 
+import onnxshrink
+
 
 def test_a_negative_extent_is_a_free_one() -> None:
     model = build(
@@ -20,6 +22,7 @@ def test_a_negative_extent_is_a_free_one() -> None:
     assert shapes(small) == {"w": (3, 3, 1, 1), "u": (2, 3, 1, 1)}
     assert [d.dim_value for d in small.graph.input[0].type.tensor_type.shape.dim] == [-1, 3, -1, -1]
     check_same(model, small, x=draw(2, 3, 4, 5))
+    assert onnxshrink.shrink(model, align="none").report.equivalence is not None
 
 
 def test_an_output_that_is_declared_with_another_rank_is_kept_whole() -> None:
