@@ -21,6 +21,10 @@ class RunError(Exception):
     """onnxruntime could not run a model on the given inputs; the message is its first line."""
 
 
+class PartError(RunError):
+    """onnxruntime does not take a part of a model, whatever the inputs are."""
+
+
 # --------------------------------------------------------------------------------------------------- choosing sizes
 
 # Tried in turn until the model runs: (height, width, length). Strides, windows and position tables decide what a model
@@ -230,6 +234,8 @@ def _first_accepted(
         feed = _draw(inputs, given, attempt, np.random.default_rng(seed))
         try:
             return feed, run(feed), attempt
+        except PartError:
+            raise
         except RunError as error:
             failure = failure or str(error)
     free = [item.name for item in inputs if item.name not in given]

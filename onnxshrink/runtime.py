@@ -23,7 +23,7 @@ from onnxshrink.errors import InputError
 from onnxshrink.inputs import Feed, RunError
 from onnxshrink.lazy import LARGEST, LazyModel
 from onnxshrink.protos import copy_fields
-from onnxshrink.reading import ModelLike
+from onnxshrink.reading import ModelLike, read_model
 from onnxshrink.roles import Array
 from onnxshrink.save import weight_bytes, write_model
 
@@ -57,20 +57,21 @@ class Model:
             full = _read(source, label)
         self.light = _skeleton(full)
         self.single = any(tensor.data_type == onnx.TensorProto.FLOAT for tensor in full.graph.initializer)
-        if self._model is not None and weight_bytes(self._model) > LARGEST:
-            folder.mkdir()
-            self.path = folder / "model.onnx"
-            write_model(self._model, self.path)
-            self._model = None
+        self.nbytes = weight_bytes(full)
+        self._folder = folder
 
-    def pieces(self) -> Iterable[bytes | memoryview]:
-        """The bytes of a model that lies in no file."""
-        assert self._model is not None
-        return self._model.pieces()
+    def lazy(self) -> LazyModel:
+        """The model with its weights left where they are. Raises InputError."""
+        if self._model is not None:
+            return self._model
+        assert self.path is not None
+        return read_model(self.path)[0]
 
     def load(self, options: Any, exposed: Sequence[str]) -> Any:
         """An onnxruntime session whose outputs also are the tensors named in `exposed`."""
-        source: Any = str(self.path) if self._model is None else b"".join(self.pieces())
+        if self.nbytes > LARGEST:
+            self.on_disk()
+        source: Any = str(self.path) if self._model is None else b"".join(self._model.pieces())
         if exposed and self.path is not None:
             source = self.path.read_bytes()
             options.add_session_config_entry(
@@ -83,6 +84,16 @@ class Model:
         import onnxruntime
 
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+    def on_disk(self) -> Path:
+        """The file that the model lies in, which is written if need be."""
+        if self._model is not None:
+            self._folder.mkdir()
+            self.path = self._folder / "model.onnx"
+            write_model(self._model, self.path)
+            self._model = None
+        assert self.path is not None
+        return self.path
 
 
 class Loadable(Protocol):
@@ -134,7 +145,12 @@ class Session:
         self._halves = {i.name for i in self._session.get_inputs() if i.type == "tensor(bfloat16)"}
         self._by_value = bool(self._halves) or "tensor(bfloat16)" in self.types
 
+    def run_all(self, feeds: Iterable[Feed]) -> list[list[Any]]:
+        """The outputs on some sets of inputs."""
+        return [self.run(feed) for feed in feeds]
+
     def run(self, feed: Feed) -> list[Any]:
+        """The outputs on one set of inputs."""
         try:
             if not self._by_value:
                 return list(self._session.run(None, feed))
@@ -185,14 +201,12 @@ class LoadError(InputError):
         self.label = label
 
 
-def open_session(model: Model) -> Session:
-    try:
-        return Session(model)
-    except RunError as error:
-        # Advice for the reference alone: a candidate that does not load must not be written unverified.
-        advice = "; where the runtime lacks an operator, use --no-verify" if model.label == "reference" else ""
-        message = f"the {model.label} model does not load in onnxruntime ({error}){advice}"
-        raise LoadError(message, model.label) from error
+def load_error(model: Model, error: RunError) -> LoadError:
+    """What to raise where onnxruntime does not take a model."""
+    # Advice for the reference alone: a candidate that does not load must not be written unverified.
+    advice = "; where the runtime lacks an operator, use --no-verify" if model.label == "reference" else ""
+    message = f"the {model.label} model does not load in onnxruntime ({error}){advice}"
+    return LoadError(message, model.label)
 
 
 def _read(path: str | os.PathLike[str], label: str) -> onnx.ModelProto:

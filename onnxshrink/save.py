@@ -57,10 +57,11 @@ class _Temporary:
                 return
             self.file.close()  # swept away before it was locked
 
-    def finish(self) -> None:
-        """See to it that all of it is on disk."""
+    def finish(self, durable: bool) -> None:
+        """Nothing more is to come; `durable` waits until it would outlast a loss of power."""
         self.file.flush()
-        os.fsync(self.file.fileno())
+        if durable:
+            os.fsync(self.file.fileno())
         if fcntl is None:
             self.file.close()  # an open file cannot be moved there
 
@@ -108,21 +109,23 @@ def _refusals(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` once it is complete and on disk.
+    """A file to write to, which takes the place of `path` once it is complete (and on disk, where it replaces a file).
 
     When anything goes wrong `path` is as it was. Raises InputError where the system refuses to write.
     """
     path = Path(os.path.realpath(path))
     with _refusals(path):
         sweep(path)
+        durable = path.exists()
         temporary = _Temporary(path)
         try:
             yield temporary.file
-            temporary.finish()
+            temporary.finish(durable)
             temporary.move(path)
         finally:
             temporary.remove()
-    _sync_folder(path.parent)
+    if durable:
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -172,6 +175,8 @@ class Staged:
         self._temporaries: list[_Temporary] = []
         self._data: _Temporary | None = None
         self._light = onnx.ModelProto()
+        # What replaces nothing need not wait for the disk: losing it would lose nothing that was there before.
+        self._durable = self.target.exists()
         with self._writing():
             sweep(self.target)
             if external or weight_bytes(model) > LARGEST:
@@ -206,7 +211,8 @@ class Staged:
                     place.unlink(missing_ok=True)
                 raise
         self._discard()
-        _sync_folder(self.target.parent)
+        if self._durable:
+            _sync_folder(self.target.parent)
         for data in stale - {place}:
             data.unlink(missing_ok=True)
 
@@ -232,7 +238,7 @@ class Staged:
         temporary = self._new()
         for piece in model.pieces():
             temporary.file.write(piece)
-        temporary.finish()
+        temporary.finish(self._durable)
 
     def _write_external(self, model: LazyModel) -> None:
         self._data = self._new(".data")
@@ -240,7 +246,7 @@ class Staged:
         copy_fields(model.proto.graph, self._light.graph, frozenset({"initializer"}))
         for tensor in model.proto.graph.initializer:
             _move(tensor, model.values.get(tensor.name), self._light.graph.initializer.add(), self._data.file)
-        self._data.finish()
+        self._data.finish(self._durable)
         self._write_light(self._data.path.name)
 
     def _write_light(self, location: str) -> None:
@@ -251,7 +257,7 @@ class Staged:
                     entry.value = location
         temporary = self._new()
         temporary.file.write(self._light.SerializeToString())
-        temporary.finish()
+        temporary.finish(self._durable)
 
 
 def _free_name(path: Path) -> Path:
@@ -263,10 +269,11 @@ def _free_name(path: Path) -> Path:
 def weight_bytes(model: onnx.ModelProto | LazyModel) -> int:
     """Bytes of the initializers of the main graph."""
     proto = model if isinstance(model, onnx.ModelProto) else model.proto
-    return sum(_nbytes(tensor) for tensor in proto.graph.initializer)
+    return sum(tensor_bytes(tensor) for tensor in proto.graph.initializer)
 
 
-def _nbytes(tensor: onnx.TensorProto) -> int:
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of the elements of a tensor, one each at least; none for text."""
     if tensor.data_type == onnx.TensorProto.STRING:
         return 0
     elements: int = math.prod(tensor.dims)
@@ -294,7 +301,7 @@ def _raw(tensor: onnx.TensorProto) -> bytes:
 
 def _move(tensor: onnx.TensorProto, values: Values | None, light: onnx.TensorProto, file: BinaryIO) -> None:
     """Put the data of a tensor in a file, unless it is small, and in the model a reference to it."""
-    if _nbytes(tensor) < _INLINE:
+    if tensor_bytes(tensor) < _INLINE:
         light.CopyFrom(tensor)
         return
     copy_fields(tensor, light, FIELDS_OF_DATA)

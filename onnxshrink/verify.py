@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -15,9 +15,10 @@ import onnx
 
 from onnxshrink.errors import DifferenceError, InputError
 from onnxshrink.graph import ModelLike
-from onnxshrink.inputs import Feed, RunError, draw_runnable, fixed_sizes
-from onnxshrink.roles import Array, describe, fed
-from onnxshrink.runtime import Model, Session, open_session
+from onnxshrink.inputs import Feed, PartError, RunError, draw_runnable, fixed_sizes
+from onnxshrink.roles import Array, Input, describe, fed
+from onnxshrink.runtime import Model, Session, load_error
+from onnxshrink.segments import StreamedSession, make_session, open_session
 
 Kept = Mapping[str, Sequence[Array | None]]
 
@@ -117,20 +118,28 @@ def amplification(
     with tempfile.TemporaryDirectory() as folder:
         model = Model(reference, "reference", Path(folder, "reference"))
         described = describe(model.light)
-        session = open_session(model)
         samples = 1 if all(item.name in given for item in described) else samples
-        runs = draw_runnable(described, given, session.run, samples, seed)
+        session, runs = _draw(model, described, given, samples, seed)
         moved = [_moved(session, feed, outputs, np.random.default_rng(seed)) for feed, outputs in runs]
         return max(moved)
 
 
-def _moved(session: Session, feed: Feed, outputs: list[Any], rng: np.random.Generator) -> float:
+def _draw(
+    model: Model, described: list[Input], given: Mapping[str, Array], samples: int, seed: int
+) -> tuple[Session | StreamedSession, list[tuple[Feed, list[Any]]]]:
+    """A session, and sets of inputs that it accepts with their outputs. Raises InputError."""
+    session = open_session(model)
+    try:
+        return session, draw_runnable(described, given, session.run, samples, seed)
+    except PartError as error:
+        raise load_error(model, error) from error
+
+
+def _moved(session: Session | StreamedSession, feed: Feed, outputs: list[Any], rng: np.random.Generator) -> float:
     """The largest movement of an output, over a few ways to round the inputs."""
-    errors = [0.0]
-    for _ in range(_ROUNDINGS):
-        nudged = {name: _nudged(value, rng) for name, value in feed.items()}
-        errors += [_difference(a, b)[0] for a, b in zip(outputs, session.run(nudged), strict=True)]
-    return max(errors)
+    nudged = [{name: _nudged(value, rng) for name, value in feed.items()} for _ in range(_ROUNDINGS)]
+    moved = session.run_all(nudged)
+    return max((_difference(a, b)[0] for other in moved for a, b in zip(outputs, other, strict=True)), default=0.0)
 
 
 def _nudged(value: Any, rng: np.random.Generator) -> Any:
@@ -147,10 +156,9 @@ def _compare(
     """One session at a time is alive, so that a model of several gigabytes is in memory once."""
     described = describe(reference.light)
     fixed_sizes(described, given)
-    session = open_session(reference)
     if all(item.name in given for item in described):
         samples = 1
-    runs = draw_runnable(described, given, session.run, samples, seed)
+    session, runs = _draw(reference, described, given, samples, seed)
     floors = [_floor(kind, reference.single) for kind in session.types]
     names = session.names
     del session
@@ -267,19 +275,20 @@ def _array_difference(a: Array, b: Array) -> tuple[float, float, str]:
 # ------------------------------------------------------------------------------------------------- running both
 
 
-def _reference_noise(reference: Model, feeds: Iterable[Feed]) -> list[list[Any]] | None:
+def _reference_noise(reference: Model, feeds: Sequence[Feed]) -> list[list[Any]] | None:
     """The outputs with graph optimisations off; None where onnxruntime has no kernel for the plain graph."""
     try:
-        session = Session(reference, optimised=False)
-        return [session.run(feed) for feed in feeds]
+        return make_session(reference, optimised=False).run_all(feeds)
     except RunError:
         return None
 
 
-def _candidate_outputs(candidate: Model, feeds: Iterable[Feed]) -> list[list[Any]]:
+def _candidate_outputs(candidate: Model, feeds: Sequence[Feed]) -> list[list[Any]]:
     session = open_session(candidate)
     try:
-        return [session.run(feed) for feed in feeds]
+        return session.run_all(feeds)
+    except PartError as error:
+        raise load_error(candidate, error) from error
     except RunError as error:
         raise OutputsDiffer(f"the candidate model does not run where the reference does: {error}") from error
 
@@ -367,7 +376,7 @@ class _Search:
     def _values(self, model: Model, names: list[str], optimised: bool) -> tuple[dict[str, Any], dict[str, float]]:
         """The named tensors, of the reference the indices that are kept, and the floors of their types."""
         outputs = {value.name for value in model.light.graph.output}
-        session = Session(model, optimised, [name for name in names if name not in outputs])
+        session = make_session(model, optimised, [name for name in names if name not in outputs])
         values = dict(zip(session.names, session.run(self.feed), strict=True))
         if model is self.reference:
             values = {name: _sliced(value, self.kept.get(name)) for name, value in values.items()}

@@ -37,6 +37,7 @@ class Values:
         dtype: numpy's type.
         read: gives all elements.
         blocks: gives them in pieces along the first axis, in order; None: in one.
+        place: where they lie as they are, in a file of their own.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class Values:
         dtype: np.dtype[Any],
         read: Callable[[], Array],
         blocks: Callable[[], Iterator[Array]] | None = None,
+        place: Place | None = None,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
+        self.place = place
         self._read = read
         self._blocks = blocks
 
@@ -154,8 +157,8 @@ def stored(tensor: onnx.TensorProto, folder: Path | None) -> Values:
         return Values(shape, dtype, lambda: _load_external(tensor, folder))
     if offset + math.prod(shape) * dtype.itemsize > path.stat().st_size:
         raise InputError(f"external data of {tensor.name!r} is truncated: {path} has {path.stat().st_size} bytes")
-    place = _Place(tensor.name, path, offset, shape, dtype, _stamp(path.stat()))
-    return Values(shape, dtype, place.read, place.blocks)
+    place = Place(tensor.name, path, offset, shape, dtype, _stamp(path.stat()))
+    return Values(shape, dtype, place.read, place.blocks, place)
 
 
 def read_tensor(tensor: onnx.TensorProto, folder: Path | None) -> Array:
@@ -175,7 +178,7 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where the elements of a tensor lie in a file, and what tells that it is still the same file."""
 
     name: str

@@ -62,7 +62,7 @@ class Reader:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.scans: Counter[str] = Counter()
         self.looks: Counter[str] = Counter()
-        blocks, read = weights._Place.blocks, weights._Place.read
+        blocks, read = weights.Place.blocks, weights.Place.read
 
         def count_blocks(place: Any) -> Iterator[Array]:
             self.scans[place.name] += 1
@@ -73,8 +73,8 @@ class Reader:
             return read(place)
 
         monkeypatch.setattr(weights, "_BLOCK", 1 << 13)  # a tensor of one block is read as a whole
-        monkeypatch.setattr(weights._Place, "blocks", count_blocks)
-        monkeypatch.setattr(weights._Place, "read", count_read)
+        monkeypatch.setattr(weights.Place, "blocks", count_blocks)
+        monkeypatch.setattr(weights.Place, "read", count_read)
 
 
 @pytest.fixture

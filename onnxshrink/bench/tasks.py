@@ -67,12 +67,7 @@ class Tasks:
         self._kept.cleanup()
 
     def _on_disk(self, source: ModelLike, index: int) -> Path:
-        model = Model(source, ordinal(index), self._folder / str(index))
-        if model.path is not None:
-            return model.path
-        path = self._folder / f"{index}.onnx"
-        path.write_bytes(b"".join(model.pieces()))
-        return path
+        return Model(source, ordinal(index), self._folder / str(index)).on_disk()
 
     def time(self, seconds: float, rounds: int | None) -> list[Array]:
         """Per model, its latency in each round, in seconds."""
