@@ -51,6 +51,7 @@ class Analysis:
         unit: per tensor, the axis along which its elements sum to one.
         blind: per tensor, the axis along which one number may be added to all elements, and nobody would notice.
         infinite: per tensor, elements that may be minus infinity by design; absent: none.
+        framed: per tensor, elements that hold one value but for a frame of zeros; absent: none.
         lookup: finds the rule of a node.
     """
 
@@ -68,6 +69,7 @@ class Analysis:
     unit: dict[str, int] = field(default_factory=dict)
     blind: dict[str, int | None] = field(default_factory=dict)
     infinite: dict[str, BoolArray] = field(default_factory=dict)
+    framed: dict[str, Known] = field(default_factory=dict)
     lookup: Lookup = rule_of
 
     @cached_property
@@ -119,8 +121,8 @@ class Analysis:
         if weights is not None:
             return Operand(name, weights.shape, weights.dtype, constant=weights)
         shape, dtype = self.shape(name), self.graph.dtype(name)
-        unit, infinite = self.unit.get(name), self.infinite.get(name)
-        return Operand(name, shape, dtype, self.known.get(name), unit=unit, infinite=infinite)
+        unit, infinite, framed = self.unit.get(name), self.infinite.get(name), self.framed.get(name)
+        return Operand(name, shape, dtype, self.known.get(name), unit=unit, infinite=infinite, framed=framed)
 
 
 Note = Callable[[Analysis, View, "Rule | None"], None]
@@ -237,7 +239,7 @@ def forward(analysis: Analysis, node: Node, note: Note | None = None) -> None:
         analysis.shapes[node.outputs[0]] = shape
         view = analysis.view(node)
     rule, relation, reason = _relate(view, rule)
-    if rule is not None and _spread_periods(analysis, view, relation):
+    if rule is not None and _spread_extents(analysis, view, relation):
         view = analysis.view(node)
         rule, relation, reason = _relate(view, rule)
     analysis.rules[node.index] = rule
@@ -245,6 +247,9 @@ def forward(analysis: Analysis, node: Node, note: Note | None = None) -> None:
     if rule is None:
         analysis.refusals.append(Refusal(node.label, node.op, reason))
     (note or _note_facts)(analysis, analysis.view(node, relation), rule)
+    framed = rule.frame(analysis.view(node)) if rule is not None and rule.frame is not None else None
+    if framed is not None:
+        analysis.framed[node.outputs[0]] = framed
     if rule is not None and not rule.decodes:
         _take_for_constants(analysis, node)
 
@@ -296,8 +301,8 @@ def _take_for_constants(analysis: Analysis, node: Node) -> None:
         analysis.taken.add(node.index)
 
 
-def _spread_periods(analysis: Analysis, view: View, relation: Relation) -> bool:
-    """Note the periods of output axes of unknown extent: new ones, and those of the input axes that pass through."""
+def _spread_extents(analysis: Analysis, view: View, relation: Relation) -> bool:
+    """Note what is known of output axes of unknown extent: those that pass through, and periods, new or passed on."""
     changed = False
     for index, output in enumerate(view.outputs):
         spec = relation.spec(-1 - index)
@@ -306,6 +311,10 @@ def _spread_periods(analysis: Analysis, view: View, relation: Relation) -> bool:
         shape = list(output.shape)
         for axis, factors in enumerate(spec):
             if isinstance(shape[axis], int):
+                continue
+            size = relation.sizes.get(factors[0]) if len(factors) == 1 else None
+            if size is not None:
+                shape[axis] = size
                 continue
             period = relation.periods.get(axis) if index == 0 else None
             period = period or (_period_of(view, relation, factors[0]) if len(factors) == 1 else None)

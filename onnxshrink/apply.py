@@ -90,7 +90,7 @@ class _Site:
             self.editor.fix_input(self.target, slot, mask, value)
         for slot, axis in rewrite.append.items():
             operand = self.view.data(slot)
-            self.editor.append_ones(self.target, slot, axis, operand.rank, operand.dtype)
+            self.editor.append_ones(self.target, slot, axis, operand.rank, operand.dtype, operand.framed is not None)
         self.editor.set_attributes(self.target, rewrite.attributes)
         self._drop_absent()
         self._correct(rewrite)

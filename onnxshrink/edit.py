@@ -234,9 +234,23 @@ class Editor:
         node.inputs[slot] = made
         return new
 
-    def append_ones(self, node: gs.Node, slot: int, axis: int, rank: int, dtype: np.dtype[Any] | None) -> None:
-        """Give an input one more index, of ones, at the end of one axis. Readers of one tensor share the result."""
+    def append_ones(
+        self, node: gs.Node, slot: int, axis: int, rank: int, dtype: np.dtype[Any] | None, framed: bool = False
+    ) -> None:
+        """Give an input one more index, of ones, at the end of one axis. Readers of one tensor share the result.
+
+        With `framed`, the ones get the frame of the others: they are appended to what the node reads that makes the
+        input, and that node is repeated.
+        """
         tensor = node.inputs[slot]
+        if framed:
+            key = ("framed ones", tensor.name, axis)
+            if key not in self._shared:
+                again = self._again(tensor.inputs[0], node)
+                self.append_ones(again, 0, axis, rank, dtype)
+                self._shared[key] = again.outputs[0]
+            node.inputs[slot] = self._shared[key]
+            return
         key = ("ones", tensor.name, axis)
         if key not in self._shared:
             pads = np.zeros(2 * rank, np.int64)
@@ -246,6 +260,15 @@ class Editor:
             operands.append(self.constant("one", lambda: one, ("one", str(one.dtype))))
             self._shared[key] = self.before(node, slot, "Pad", operands).outputs[0]
         node.inputs[slot] = self._shared[key]
+
+    def _again(self, node: gs.Node, near: gs.Node) -> gs.Node:
+        """A copy of a node with one output, right before another."""
+        edit, name = self._edits[id(node)], self._name(f"{node.name or node.op}_again")
+        output = gs.Variable(self._name(f"{node.outputs[0].name}_again"))
+        made = gs.Node(node.op, name, inputs=list(node.inputs), outputs=[output], domain=node.domain)
+        self._edits[id(made)] = _Edit(edit.proto, self._edits[id(near)].scope, attributes=edit.attributes)
+        self._before.setdefault(id(near), []).append(made)
+        return made
 
     def _insert(
         self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, near: gs.Node, side: dict[int, list[gs.Node]]

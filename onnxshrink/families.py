@@ -8,7 +8,7 @@ from functools import reduce
 
 import numpy as np
 
-from onnxshrink.facts import Known, along, everything, nothing, partial, uniform
+from onnxshrink.facts import Known, along, everything, nothing, partial
 from onnxshrink.notation import Relation, transfer
 from onnxshrink.view import Operand, View
 from onnxshrink.weights import Array, BoolArray, any_along
@@ -119,16 +119,17 @@ def moved(relation: Relation | None, known: Known, source: int, target: int) -> 
     assert relation is not None
     if not known.anything or known.value.size == 0:
         return None
-    known = uniform(known, _lost_axes(relation, source, target))
-    if not known.anything:
-        return None
-    return partial(transfer(relation, known.mask, source, target), carry(relation, known.value, source, target))
+    mask, value = known.mask, carry(relation, known.value, source, target)
+    if _loses(relation, source, target):
+        # Along a factor that the target lacks, only what is the same carries over.
+        mask = np.asarray(mask & (known.value == carry(relation, value, target, source)))
+    return partial(transfer(relation, mask, source, target, reduce=np.all), value)
 
 
-def _lost_axes(relation: Relation, source: int, target: int) -> list[int]:
-    """Axes of one operand with a factor that another operand lacks: only what is the same along them carries over."""
+def _loses(relation: Relation, source: int, target: int) -> bool:
+    """Whether an operand has a factor that another one lacks."""
     there = {factor for factors in relation.spec(target) or () for factor in factors}
-    return [axis for axis, factors in enumerate(relation.spec(source) or ()) if not there.issuperset(factors)]
+    return any(not there.issuperset(factors) for factors in relation.spec(source) or ())
 
 
 def carry(relation: Relation, value: Array, source: int, target: int) -> Array:

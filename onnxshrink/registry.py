@@ -72,6 +72,7 @@ RewriteFunction = Callable[[View], Rewrite]
 Unit = Callable[[View], "int | None"]
 Blind = Callable[[View], Mapping[int, int]]
 Infinite = Callable[[View], "list[BoolArray | None]"]
+Frame = Callable[[View], "Known | None"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,9 @@ class Rule:
         unit: the axis along which the elements of the first output sum to one.
         blind: per input, an axis along which one number may be added to all elements without an effect that counts.
         infinite: elements of the outputs that may be minus infinity; None: all, where an input or constant has any.
+        frame: what the first output holds but for a frame of zeros, where the operator moves every channel (axis 1) of
+            its first input alike, and puts zeros around: a known element holds its value times the image of a one.
+        framed: inputs of which constants within such a frame are folded as those without are.
         refusal: why the operator is kept whole.
         named: whether a model-local function of that name stays a function for this rule, and is not inlined.
         unproven: what the rule rests on, where that is not the operator's specification; the result is then compared
@@ -119,6 +123,8 @@ class Rule:
     unit: Unit | None = None
     blind: Blind | None = None
     infinite: Infinite | None = None
+    frame: Frame | None = None
+    framed: tuple[int, ...] = ()
     refusal: str | None = None
     named: bool = False
     unproven: str = ""

@@ -22,6 +22,7 @@ class Operand:
     Attributes:
         unit: axis along which the elements sum to one, as a softmax's do.
         infinite: elements that may be minus infinity by design, as in a mask; compressed; None: none.
+        framed: elements that hold one value but for a frame of zeros, which is the same for all of them; None: none.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Operand:
     constant: Constant | None = None
     unit: int | None = None
     infinite: BoolArray | None = None
+    framed: Known | None = None
 
     @property
     def known(self) -> Known:

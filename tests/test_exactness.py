@@ -92,6 +92,89 @@ def test_under_padding_one_channel_of_ones_stands_for_all_constants() -> None:
     check_same(model, small, x=draw(1, 3, 9, 4))
 
 
+PADS = np.array([0, 0, 1, 0, 0, 0, 1, 2])
+W1 = dead(draw(6, 3, 1, 1), 1, 3, 4)
+B1 = np.array([0.1, 0.5, -0.2, 0.3, 2.0, 0.4], np.float32)
+
+
+@pytest.mark.parametrize("inputs", ["float[N, 3, 6, 6] x", "float[N, 3, H, W] x"], ids=["static", "free"])
+@pytest.mark.parametrize("opset", [13, 18])
+def test_behind_a_pad_of_its_own_the_channel_of_ones_is_padded_along(inputs: str, opset: int) -> None:
+    weights = {"w1": W1, "b1": B1, "w2": draw(2, 6, 3, 3), "pads": PADS}
+    body = "a = Conv(x, w1, b1) r = Relu(a) p = Pad(r, pads) y = Conv(p, w2)"
+    model = image_model(body, weights, inputs=inputs, opset=opset)
+    small = shrunk(model)
+    assert operators(small) == ["Conv", "Relu", "Pad", "Pad", "Conv"]
+    assert shapes(small)["w1"] == (3, 3, 1, 1)
+    assert shapes(small)["w2"] == (2, 4, 3, 3)
+    expected = weights["w2"][:, 1] * B1[1] + weights["w2"][:, 3] * B1[3] + weights["w2"][:, 4] * B1[4]
+    np.testing.assert_allclose(weight(small, "w2")[:, 3], expected, rtol=1e-5)
+    check_same(model, small, x=IMAGE)
+    again = shrunk(small)
+    assert operators(again) == operators(small)
+    assert shapes(again) == shapes(small)
+
+
+@pytest.mark.parametrize("node", ["Conv <pads = [1, 1, 1, 1]> (p, w2)", "Conv <strides = [2, 2]> (p, w2)"])
+def test_before_ones_can_be_padded_one_channel_behind_a_pad_takes_the_others(node: str) -> None:
+    body = f"a = Conv(x, w1, b1) p = Pad <pads = [0, 0, 1, 0, 0, 0, 1, 2]> (a) y = {node}"
+    model = image_model(body, {"w1": W1, "b1": B1, "w2": draw(2, 6, 3, 3)}, opset=10)
+    small = shrunk(model)
+    assert operators(small) == ["Conv", "Pad", "Conv"]
+    assert shapes(small) == {"w1": (4, 3, 1, 1), "b1": (4,), "w2": (2, 4, 3, 3)}
+    check_same(model, small, x=IMAGE)
+
+
+def test_each_group_behind_a_pad_has_its_own_constant() -> None:
+    weights = {"w1": dead(draw(8, 3, 1, 1), 1, 2, 5, 6), "b1": draw(8), "w2": draw(4, 4, 3, 3), "pads": PADS}
+    body = "a = Conv(x, w1, b1) p = Pad(a, pads) y = Conv <group = 2> (p, w2)"
+    model = image_model(body, weights)
+    small = shrunk(model)
+    assert shapes(small)["w1"] == (6, 3, 1, 1)
+    assert shapes(small)["w2"] == (4, 3, 3, 3)
+    check_same(model, small, x=IMAGE)
+
+
+def test_two_readers_of_a_pad_that_is_computed_share_the_ones() -> None:
+    weights = {
+        "w1": W1, "b1": B1, "w2": draw(2, 6, 3, 3), "w3": draw(5, 6, 3, 3, seed=4), "none": np.zeros(2, np.int64),
+        "two": np.array([2, 2]), "from": np.array([2]), "to": np.array([4]),
+    }  # fmt: skip
+    model = build(
+        """g (float[N, 3, H, W] x) => (float[N, 2, A, B] y, float[N, 5, A, B] z) {
+            a = Conv(x, w1, b1) s = Shape(x) hw = Slice(s, from, to) odd = Mod(hw, two)
+            pads = Concat <axis = 0> (none, odd, none, odd) p = Pad(a, pads) y = Conv(p, w2) z = Conv(p, w3) }""",
+        **weights,
+    )
+    small = shrunk(model)
+    assert operators(small) == ["Conv", "Shape", "Slice", "Mod", "Concat", "Pad", "Pad", "Conv", "Conv"]
+    assert shapes(small)["w1"] == (3, 3, 1, 1)
+    assert shapes(small)["w2"] == (2, 4, 3, 3)
+    assert shapes(small)["w3"] == (5, 4, 3, 3)
+    check_same(model, small, x=draw(2, 3, 7, 5))
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "p = Pad(a, pads, half) y = Conv(p, w2)",
+        "p = Pad(a, more) y = Conv(p, w3)",
+        "p = Pad(a, pads) q = MaxPool <kernel_shape = [2, 2]> (p) y = Conv(q, w2)",
+        "p = Pad(a, pads) t = Tanh(p) y = Conv(p, w2) z = Conv(t, w2)",
+    ],
+    ids=["half around", "channels around", "a maximum between", "another reader"],
+)
+def test_behind_other_pads_a_constant_stays(rest: str) -> None:
+    weights = {"w1": W1, "b1": B1, "w2": draw(2, 6, 3, 3), "w3": draw(2, 7, 3, 3), "pads": PADS}
+    weights |= {"half": np.array(0.7, np.float32), "more": np.array([0, 1, 1, 1, 0, 0, 1, 1])}
+    second = ", float[N, 2, E, F] z" if "z = " in rest else ""
+    text = f"g (float[N, 3, 6, 6] x) => (float[N, 2, C, D] y{second}) {{ a = Conv(x, w1, b1) {rest} }}"
+    model = build(text, **weights)
+    small = shrunk(model)
+    assert shapes(small)["w1"] == (6, 3, 1, 1)
+    check_same(model, small, x=IMAGE)
+
+
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_where_all_channels_are_constant_the_one_that_stays_can_take_the_others(order: list[int]) -> None:
     bias = np.array([-2.4, 1.2], np.float32)[order]
@@ -129,6 +212,32 @@ def test_transposed_convolutions_carry_constants(pads: list[int], groups: int) -
 
 
 # --- uniform stops being uniform --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", ["float[N, 3, 6, 6] x", "float[N, 3, H, W] x"], ids=["static", "free"])
+@pytest.mark.parametrize("whole", [True, False], ids=["of all extents", "of positions"])
+def test_scales_are_read_as_far_as_they_are_known(inputs: str, whole: bool) -> None:
+    weights = {
+        "w1": dead(draw(4, 3, 1, 1), 1, 2), "w2": draw(2, 4, 1, 1), "from": np.array([2]), "to": np.array([4]),
+        "two": np.array([2, 2]), "four": np.array([1, 1, 2, 2]), "one": np.ones(2, np.float32),
+    }  # fmt: skip
+    extents = "e = Identity(s) m = Mul(e, four)" if whole else "e = Slice(s, from, to) m = Mul(e, two)"
+    scales = "c = Identity(d)" if whole else "c = Concat <axis = 0> (one, d)"
+    body = f"""a = Conv(x, w1) s = Shape(a) {extents} f = Cast <to = 1> (m) g = Cast <to = 1> (e) d = Div(f, g)
+               {scales} u = Resize <mode = "linear"> (a, , c) y = Conv(u, w2)"""
+    model = image_model(body, weights, inputs=inputs)
+    small = shrunk(model)
+    assert shapes(small)["w1"] == (2, 3, 1, 1)
+    assert shapes(small)["w2"] == (2, 2, 1, 1)
+    check_same(model, small, x=IMAGE)
+
+
+def test_channels_may_be_resampled_by_scales_that_are_given() -> None:
+    weights = {"w1": dead(draw(4, 3, 1, 1), 1, 2), "w2": draw(2, 4, 1, 1)}
+    text = """g (float[1, 3, 6, 6] x, float[4] c) => (float[1, 2, 12, 12] y) <float[1, 4, 12, 12] u> {
+              a = Conv(x, w1) u = Resize <mode = "linear"> (a, , c) y = Conv(u, w2) }"""
+    small = shrunk(build(text, **weights))
+    assert shapes(small) == {"w1": (4, 3, 1, 1), "w2": (2, 4, 1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -287,6 +396,37 @@ def test_group_norm_in_its_reshape_form() -> None:
     assert found["w1"] == (4, 3, 3, 3)
     assert found["one"] == (2,)
     assert found["w2"] == (2, 4, 1, 1)
+    check_same(model, small, x=IMAGE)
+
+
+@pytest.mark.parametrize("channels", [[2, 3], [4, 5], [2, 3, 4, 5]], ids=["second", "third", "both"])
+def test_group_norm_in_its_reshape_form_with_free_positions(channels: list[int]) -> None:
+    weights = {
+        "w1": dead(draw(6, 3, 3, 3), *channels), "to": np.array([0, 3, -1]), "one": np.ones(3, np.float32),
+        "nil": np.zeros(3, np.float32), "g": draw(6, 1, 1), "h": draw(6, 1, 1), "w2": draw(2, 6, 1, 1),
+    }  # fmt: skip
+    body = """a = Conv(x, w1) f = Reshape(a, to) i = InstanceNormalization(f, one, nil) back = Shape(a)
+              b = Reshape(i, back) s = Mul(b, g) n = Add(s, h) y = Conv(n, w2)"""
+    model = image_model(body, weights, inputs="float[N, 3, H, W] x")
+    small = shrunk(model)
+    found, left = shapes(small), 6 - len(channels)
+    assert found["w1"] == (left, 3, 3, 3)
+    assert found["one"] == (left // 2,)
+    assert found["w2"] == (2, left, 1, 1)
+    check_same(model, small, x=IMAGE)
+
+
+def test_a_group_of_unequal_constants_is_not_known() -> None:
+    """What differs within a group is lost where its channels are merged with positions."""
+    weights = {
+        "w1": dead(draw(6, 3, 3, 3), 2, 3), "b1": draw(6), "to": np.array([0, 3, -1]), "one": np.ones(3, np.float32),
+        "nil": np.zeros(3, np.float32), "w2": draw(2, 6, 1, 1),
+    }  # fmt: skip
+    body = """a = Conv(x, w1, b1) f = Reshape(a, to) i = InstanceNormalization(f, one, nil) back = Shape(a)
+              b = Reshape(i, back) y = Conv(b, w2)"""
+    model = image_model(body, weights, inputs="float[N, 3, H, W] x")
+    small = shrunk(model)
+    assert shapes(small)["w1"] == (6, 3, 3, 3)
     check_same(model, small, x=IMAGE)
 
 

@@ -15,6 +15,7 @@ from onnxshrink.analyse import Analysis, analyse
 from onnxshrink.graph import Graph
 from onnxshrink.notation import Link, Relation
 from onnxshrink.plan import INTERFACE, LIVE, Cause, Plan, level, make_plan
+from onnxshrink.planning.agreement import block_cost
 from onnxshrink.registry import Keep, Rule
 from onnxshrink.view import View
 
@@ -309,6 +310,16 @@ def test_one_large_group_among_small_ones_is_cheaper_as_a_plain_convolution() ->
     assert kept(plan, "b", 1) == [0, 1, 2, 3, 4]
     assert kept(plan, "a", 1) == [0, 4, 5, 6, 7]
     assert list(plan.blocks.values()).count(1) >= 1
+
+
+def test_of_two_groupings_of_one_size_the_one_with_more_groups_is_taken() -> None:
+    # Two groups: 3 x 2 x 2 weights; joined: 4 x 3.
+    outs, ins = np.array([3, 1]), np.array([2, 1])
+    assert block_cost([ins, outs], 2) == block_cost([ins, outs], 1) == 12
+    plan = grouped([[0, 1, 2], [0]], [[0, 1], [0]], 3, 2)
+    assert sorted(plan.blocks.values()) == [2]
+    assert kept(plan, "b", 1) == [0, 1, 2, 3, 4, 5]
+    assert kept(plan, "a", 1) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

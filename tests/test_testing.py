@@ -76,6 +76,9 @@ RIGHT = {
     "MaxPool": chain("y = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (h)", ROWS, COLUMNS, BIAS),
     "grouped": chain("y = Conv <group = 2> (h, w)", ROWS, COLUMNS, BIAS, w=draw(4, 2, 1, 1)),
     "padded": chain("y = Conv <pads = [1, 1, 1, 1]> (h, w)", ROWS, COLUMNS, BIAS, w=draw(4, 4, 3, 3)),
+    "padded before": chain(
+        "p = Pad (h, a) y = Conv (p, w)", ROWS, COLUMNS, BIAS, w=draw(4, 4, 3, 3), a=np.array([0, 0, 1, 0, 0, 0, 2, 1])
+    ),
 }
 
 
@@ -132,6 +135,30 @@ def test_wrong_knowledge_is_objected_to(
     plant(op, forward=forward)
     with pytest.raises(RuleViolation):
         check(model, image())
+
+
+def framed_by_anything(view: View) -> Known | None:
+    """A channel of one value holds it within zeros, whatever the operator does."""
+    return uniform(view.data().known, range(2, view.data().rank))
+
+
+AROUND = np.array([0, 0, 1, 0, 0, 0, 2, 1])
+EACH = np.pad(np.ones((1, 1, 4, 4), np.float32), [(0, 0), (0, 3), (0, 1), (0, 1)], mode="wrap")
+EACH[:, :2, 4:], EACH[:, 2:, :, 4:] = 0, 0
+WRONG_FRAMES = {
+    "neither zero nor its value": ("Pad", chain("y = Pad (h, a, c)", ROWS, FULL, BIAS, a=AROUND, c=np.float32(0.5))),
+    "the frame differs": ("Mul", chain("y = Mul (h, m)", ROWS, FULL, BIAS, m=EACH)),
+}
+
+
+@pytest.mark.parametrize(("reason", "op"), [(reason, op) for reason, (op, _) in WRONG_FRAMES.items()])
+def test_wrong_frames_are_objected_to(plant: Plant, reason: str, op: str) -> None:
+    plant(op, frame=framed_by_anything)
+    model = WRONG_FRAMES[reason][1]
+    with pytest.raises(RuleViolation, match=reason):
+        check_forward(model, image())
+    with pytest.raises(RuleViolation):
+        check_shrink(model, image())
 
 
 def test_a_fact_of_another_rank_is_objected_to(plant: Plant) -> None:

@@ -34,6 +34,7 @@ class Linear:
         bias: whether a constant may be added to the output.
         editable: whether the weights are constant, so that columns can be added to each other.
         extend: whether a channel of ones may be appended to the data, to carry constants that no bias can.
+        framed: channels of the data that hold one value but for a frame of zeros; then there is a border.
     """
 
     view: View
@@ -45,6 +46,7 @@ class Linear:
     bias: bool
     editable: bool = True
     extend: bool = False
+    framed: Known | None = None
 
     @property
     def groups(self) -> int:
@@ -58,11 +60,17 @@ class Linear:
         return self.groups * int(self.pattern.shape[-2])
 
     def constants(self) -> tuple[BoolArray, Array]:
-        """Channels that hold one known value everywhere, and the values."""
-        operand = self.view.data(self.slot)
-        known = uniform(operand.known, (a for a in range(operand.rank) if a != self.axis))
+        """Channels that hold one known value everywhere, within a frame if there is one, and the values."""
+        mask, value = self._uniform(self.view.data(self.slot).known)
+        if self.framed is None:
+            return mask.copy(), value
+        within, inner = self._uniform(self.framed)
+        return mask | within, np.where(mask, value, inner)
+
+    def _uniform(self, known: Known) -> tuple[BoolArray, Array]:
+        known = uniform(known, (a for a in range(known.mask.ndim) if a != self.axis))
         count = self._channels()
-        return vector(known.mask, self.axis, count).copy(), vector(known.value, self.axis, count)
+        return vector(known.mask, self.axis, count), vector(known.value, self.axis, count)
 
     def unknown_outputs(self, bias: Known | None) -> tuple[BoolArray, BoolArray, Array]:
         """Output channels that depend on the input; then known channels of the input and their values."""

@@ -140,12 +140,19 @@ def _gather_backward(view: View) -> list[BoolArray | None]:
         reduced = any_along(live, picked)
         needed[0] = np.expand_dims(reduced, axis)
         return needed
-    wide = [live.shape[a] if a not in picked else chosen.shape[a - axis] for a in range(live.ndim)]
-    flat = np.broadcast_to(live, wide).reshape((*wide[:axis], chosen.size, *wide[axis + indices.rank :]))
-    result = np.zeros((*wide[:axis], data.extent(axis) or 0, *wide[axis + indices.rank :]), np.bool_)
-    np.logical_or.at(np.moveaxis(result, axis, 0), chosen.reshape(-1), np.moveaxis(flat, axis, 0))
-    needed[0] = result
+    needed[0] = _needed_picks(view, axis, chosen)
     return needed
+
+
+def _needed_picks(view: View, axis: int, chosen: Array) -> BoolArray:
+    """Elements of the data that are picked for a live element of the output."""
+    live = view.live()
+    picked = range(axis, axis + chosen.ndim)
+    wide = [live.shape[a] if a not in picked else chosen.shape[a - axis] for a in range(live.ndim)]
+    flat = np.broadcast_to(live, wide).reshape((*wide[:axis], chosen.size, *wide[axis + chosen.ndim :]))
+    result = np.zeros((*wide[:axis], view.data().extent(axis) or 0, *wide[axis + chosen.ndim :]), np.bool_)
+    np.logical_or.at(np.moveaxis(result, axis, 0), chosen.reshape(-1), np.moveaxis(flat, axis, 0))
+    return result
 
 
 def _kept_picks(view: View, axis: int, indices: Array) -> Array:
@@ -159,7 +166,11 @@ def _kept_picks(view: View, axis: int, indices: Array) -> Array:
 
 def _gather_retain(view: View) -> Iterable[Keep]:
     axis = axis_of(view)
-    indices, extent = indices_of(view, 1, axis), view.data().extent(axis)
+    return _retain_picks(view, axis, indices_of(view, 1, axis))
+
+
+def _retain_picks(view: View, axis: int, indices: Array | None) -> Iterable[Keep]:
+    extent = view.data().extent(axis)
     if indices is None or extent is None:
         return []
     wanted = np.zeros(extent, np.bool_)
@@ -169,12 +180,17 @@ def _gather_retain(view: View) -> Iterable[Keep]:
 
 def _gather_rewrite(view: View) -> Rewrite:
     axis = axis_of(view)
-    indices, kept = indices_of(view, 1, axis), view.kept[0][axis]
+    picks = _new_picks(view, axis, indices_of(view, 1, axis))
+    return Rewrite() if picks is None else Rewrite(constants={1: picks})
+
+
+def _new_picks(view: View, axis: int, indices: Array | None) -> Array | None:
+    """The indices that stay, counted among those of the data that stay; None where nothing changes."""
+    kept = view.kept[0][axis]
     if indices is None or kept is None or kept.all():
-        return Rewrite()
+        return None
     position = np.cumsum(kept) - 1
-    picks = np.asarray(position[_kept_picks(view, axis, indices)])
-    return Rewrite(constants={1: picks.astype(view.data(1).dtype)})
+    return np.asarray(position[_kept_picks(view, axis, indices)]).astype(view.data(1).dtype)
 
 
 register(
@@ -280,10 +296,18 @@ def _depth(view: View) -> int:
     return depth
 
 
+def _nd_picks(view: View) -> Array | None:
+    """Known indices into the first axis alone, without the axis that would hold those into others: as `Gather`'s."""
+    if _depth(view) != 1 or int(view.attribute("batch_dims", 0)):
+        return None
+    indices = indices_of(view, 1, 0)
+    return None if indices is None else indices[..., 0]
+
+
 def _gather_nd(view: View) -> Relation:
-    """`*b [*x] *a, *b *j [m] -> *b *j *a`"""
+    """`*b [*x] *a, *b *j [m] -> *b *j *a`: one axis `x` does not stay whole where the indices into it are known."""
     batch, depth = int(view.attribute("batch_dims", 0)), _depth(view)
-    data = names(view.data().rank, range(batch, batch + depth))
+    data = names(view.data().rank, range(batch, batch + depth), "[x]" if _nd_picks(view) is None else "x")
     picks = [*data[:batch], *(f"j{p}" for p in range(batch, view.data(1).rank - 1))]
     return resolved(view, f"{' '.join(data)}, {' '.join(picks)} [m] -> {' '.join([*picks, *data[batch + depth :]])}")
 
@@ -292,6 +316,9 @@ def _gather_nd_forward(view: View) -> list[Known | None]:
     known = view.data().known
     if not known.anything:
         return [None]
+    picks = _nd_picks(view)
+    if picks is not None:
+        return [partial(*(_picked(array, picks, 0) for array in (known.mask, known.value)))]
     found = _run_on_masks(view, (0,))
     if found is not None:
         return [found]
@@ -299,9 +326,9 @@ def _gather_nd_forward(view: View) -> list[Known | None]:
     known = uniform(known, range(batch, batch + depth))
     if not known.anything:
         return [None]
-    picks = view.data(1).rank - 1 - batch
+    count = view.data(1).rank - 1 - batch
     flat = [np.squeeze(array, tuple(range(batch, batch + depth))) for array in (known.mask, known.value)]
-    return [partial(*(np.expand_dims(array, tuple(range(batch, batch + picks))) for array in flat))]
+    return [partial(*(np.expand_dims(array, tuple(range(batch, batch + count))) for array in flat))]
 
 
 def _run_on_masks(view: View, slots: Sequence[int]) -> Known | None:
@@ -321,7 +348,31 @@ def _run_on_masks(view: View, slots: Sequence[int]) -> Known | None:
     return None if value is None or mask is None else partial(mask[0] > 0, value[0])
 
 
-register(Rule("GatherND", relate=_gather_nd, forward=_gather_nd_forward, backward=partial_in(1), partial=(1,)))
+def _gather_nd_backward(view: View) -> list[BoolArray | None]:
+    needed, picks = partial_in(1)(view), _nd_picks(view)
+    return needed if picks is None else [_needed_picks(view, 0, picks), *needed[1:]]
+
+
+def _gather_nd_retain(view: View) -> Iterable[Keep]:
+    return _retain_picks(view, 0, _nd_picks(view))
+
+
+def _gather_nd_rewrite(view: View) -> Rewrite:
+    picks = _new_picks(view, 0, _nd_picks(view))
+    return Rewrite() if picks is None else Rewrite(constants={1: picks[..., None]})
+
+
+register(
+    Rule(
+        "GatherND",
+        relate=_gather_nd,
+        forward=_gather_nd_forward,
+        backward=_gather_nd_backward,
+        partial=(1,),
+        retain=_gather_nd_retain,
+        rewrite=_gather_nd_rewrite,
+    )
+)
 
 
 def _scatter_nd(view: View) -> Relation:

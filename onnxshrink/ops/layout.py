@@ -1,4 +1,4 @@
-"""Operators that move elements at fixed indices: reshaping, transposing, joining, cutting, padding, repeating."""
+"""Operators that move elements at fixed indices: reshaping, transposing, joining, cutting, repeating."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxshrink.facts import Known, along, partial, uniform
-from onnxshrink.families import blind_moves, infinite_moves, layout, moved, unit_moves
+from onnxshrink.facts import Known, along, partial
+from onnxshrink.families import blind_moves, infinite_moves, layout, unit_moves
 from onnxshrink.graph import Shape
-from onnxshrink.notation import Link, Relation, UnresolvedError, reshape, resolve, transfer
+from onnxshrink.notation import Link, Relation, UnresolvedError, reshape, resolve
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import Operand, View
-from onnxshrink.weights import Array, BoolArray
+from onnxshrink.weights import Array
 
 
-def _shape(operand: Operand) -> Shape:
+def shape_of(operand: Operand) -> Shape:
     if operand.shape is None:
         raise UnresolvedError(f"the rank of {operand.name!r} is not known")
     return operand.shape
 
 
-def _with_other_inputs(view: View, relation: Relation) -> Relation:
+def with_other_inputs(view: View, relation: Relation) -> Relation:
     """The relation of the first input and the output; the other inputs are read whole."""
     inputs = (*relation.inputs, *[None] * (len(view.inputs) - len(relation.inputs)))
     return replace(relation, inputs=inputs)
@@ -32,7 +32,7 @@ def _with_other_inputs(view: View, relation: Relation) -> Relation:
 
 
 def _transpose(view: View) -> Relation:
-    shape = _shape(view.data())
+    shape = shape_of(view.data())
     order = view.attribute("perm") or list(range(len(shape)))[::-1]
     names = [f"a{axis}" for axis in range(len(shape))]
     notation = f"{' '.join(names)} -> {' '.join(names[axis] for axis in order)}"
@@ -40,17 +40,17 @@ def _transpose(view: View) -> Relation:
 
 
 def _reshape(view: View) -> Relation:
-    target = list(_shape(view.output()))
+    target = list(shape_of(view.output()))
     given = view.input(1)
     if given is not None and given.shape is not None:
         if given.rank == 1 and given.extent(0) not in (None, len(target)):
             raise UnresolvedError("the output is declared with another rank than the target has")
         _complete(target, given.known)
-    relation = reshape(_shape(view.data()), tuple(target))
+    relation = reshape(shape_of(view.data()), tuple(target))
     if relation.periods and given is not None and _infers_other(given.known, set(relation.periods)):
         # Only one extent can be left to the runtime.
         relation = replace(relation, periods={}).pin(*relation.sizes)
-    return _with_other_inputs(view, relation)
+    return with_other_inputs(view, relation)
 
 
 def _infers_other(known: Known, axes: set[int]) -> bool:
@@ -69,7 +69,7 @@ def _complete(target: list[int | str | None], known: Known) -> None:
 
 
 def _same_elements(view: View) -> Relation:
-    return _with_other_inputs(view, reshape(_shape(view.data()), _shape(view.output())))
+    return with_other_inputs(view, reshape(shape_of(view.data()), shape_of(view.output())))
 
 
 def shape_rewrite(slot: int) -> object:
@@ -316,7 +316,7 @@ def _free_slice(view: View, cut: set[int]) -> Relation:
     names = [f"a{axis}" for axis in range(view.data().rank)]
     left = " ".join(f"[{n}]" if axis in cut else n for axis, n in enumerate(names))
     right = " ".join(f"[{n}o]" if axis in cut else n for axis, n in enumerate(names))
-    return _with_other_inputs(view, resolve(f"{left} -> {right}", [_shape(view.data())], [_shape(view.output())]))
+    return with_other_inputs(view, resolve(f"{left} -> {right}", [shape_of(view.data())], [shape_of(view.output())]))
 
 
 def _many_slices(view: View, positions: dict[int, Array]) -> Relation:
@@ -392,120 +392,12 @@ register(
 )
 
 
-# --- Pad --------------------------------------------------------------------------------------------------------
-
-
-def _pads(view: View) -> tuple[list[int], list[int], list[int]]:
-    """Axes, and how much is added before and after each."""
-    old = view.version < 11
-    pads = view.ints(1, "pads" if old else None)
-    if pads is None:
-        raise UnresolvedError("how much is padded is computed")
-    axes = view.ints(3) if view.version >= 18 else None
-    if view.version >= 18 and view.input(3) is not None and axes is None:
-        raise UnresolvedError("which axes are padded is computed")
-    rank = view.data().rank
-    axes = [a % rank for a in axes] if axes is not None else list(range(rank))
-    half = len(pads) // 2
-    return axes, pads[:half], pads[half:]
-
-
-def _pad(view: View) -> Relation:
-    axes, before, after = _pads(view)
-    padded = {a: (b, e) for a, b, e in zip(axes, before, after, strict=True) if b or e}
-    channel = 1 in padded and view.data().rank >= 3
-    rank = view.data().rank
-    names = [f"a{axis}" for axis in range(rank)]
-    left = " ".join(f"[{n}]" if axis in padded else n for axis, n in enumerate(names))
-    right = " ".join(f"[{n}o]" if axis in padded else n for axis, n in enumerate(names))
-    relation = resolve(f"{left} -> {right}", [_shape(view.data())], [_shape(view.output())])
-    last = {rank - 1} & set(padded)
-    for axis in {1} if channel else last:
-        relation = _pad_link(view, relation, axis, padded[axis])
-    return _with_other_inputs(view, relation)
-
-
-def _pad_link(view: View, relation: Relation, axis: int, amount: tuple[int, int]) -> Relation:
-    """The padded axis of channels as an index map; added positions come from nowhere."""
-    extent, result = view.data().extent(axis), view.output().extent(axis)
-    if extent is None or result is None or min(amount) < 0 or view.attribute("mode", "constant") != "constant":
-        return relation
-    name = f"p{axis}"
-    link = Link(0, -1, np.arange(extent), np.arange(amount[0], amount[0] + extent))
-    inputs, outputs = list(relation.inputs[0] or ()), list(relation.outputs[0] or ())
-    inputs[axis], outputs[axis] = (name,), (name,)
-    sizes = {**relation.sizes, f"{name}@0": extent, f"{name}@-1": result}
-    pinned = relation.pinned - {f"a{axis}", f"a{axis}o"}
-    return Relation((tuple(inputs),), (tuple(outputs),), sizes, pinned, {name: (link,)})
-
-
-def _pad_value(view: View) -> Array | None:
-    """The constant that is added, None when it is not known or not a constant."""
-    dtype = view.data().dtype or np.dtype(np.float32)
-    if view.attribute("mode", "constant") != "constant":
-        return None
-    if view.version < 11:
-        return np.array(view.attribute("value", 0.0), dtype)
-    operand = view.input(2)
-    if operand is None:
-        return np.zeros((), dtype)
-    value = operand.value()
-    return None if value is None else value.reshape(())
-
-
-def _pad_forward(view: View) -> list[Known | None]:
-    """A channel of the padding's own value stays uniform; channels that are added hold that value."""
-    relation, known = view.relation, view.data().known
-    assert relation is not None
-    axes, before, after = _pads(view)
-    padded = [a for a, b, e in zip(axes, before, after, strict=True) if b or e]
-    pinned = [a for a, f in enumerate(relation.inputs[0] or ()) if f and f[0] in relation.pinned and a in padded]
-    known = uniform(known, pinned)
-    if view.attribute("mode", "constant") != "constant":
-        # Reflected, repeated or wrapped, what holds one value along the axis goes on holding it.
-        return [moved(relation, known, 0, -1)] if len(pinned) == len(padded) else [None]
-    value = _pad_value(view)
-    if value is None:
-        return [None]
-    return [_pad_added(view, np.asarray(known.mask & (known.value == value)), value)]
-
-
-def _pad_added(view: View, mask: BoolArray, value: Array) -> Known | None:
-    relation = view.relation
-    assert relation is not None
-    moved_mask = transfer(relation, mask, 0, -1, fill=True)
-    if not moved_mask.any():
-        return None
-    return partial(moved_mask, np.broadcast_to(value, (1,) * view.output().rank))
-
-
-def _pad_rewrite(view: View) -> Rewrite:
-    axes, before, after = _pads(view)
-    changed = False
-    for index, axis in enumerate(axes):
-        extent, kept = view.data().extent(axis), view.kept[-1][axis]
-        if kept is None or extent is None or not view.shrinks(-1, axis) or not (before[index] or after[index]):
-            continue
-        start = before[index]
-        before[index] = int(kept[:start].sum())
-        after[index] = int(kept[start + extent :].sum())
-        changed = True
-    if not changed:
-        return Rewrite()
-    if view.version < 11:
-        return Rewrite(attributes={"pads": before + after})
-    return Rewrite(constants={1: np.array(before + after, np.int64)})
-
-
-register(Rule("Pad", since=2, relate=_pad, forward=_pad_forward, rewrite=_pad_rewrite))
-
-
 # --- Repeating --------------------------------------------------------------------------------------------------
 
 
 def _expand(view: View) -> Relation:
-    relation = resolve("*a -> *a", [_shape(view.data())], [_shape(view.output())])
-    return _with_other_inputs(view, relation)
+    relation = resolve("*a -> *a", [shape_of(view.data())], [shape_of(view.output())])
+    return with_other_inputs(view, relation)
 
 
 def _expand_forward(view: View) -> list[Known | None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from onnxshrink.facts import Known, partial, uniform
+from onnxshrink.facts import Known, along, partial, uniform
 from onnxshrink.families import layout, moved
 from onnxshrink.notation import Relation, UnresolvedError, resolve
 from onnxshrink.registry import Rewrite, Rule, register
@@ -108,18 +108,21 @@ def _passes(view: View, axis: int) -> bool:
     axes = view.attribute("axes")
     if axes is not None:
         return axis not in [a % view.data().rank for a in axes]
-    scales = _scales(view)
-    if scales is not None:
-        return scales[axis] == 1
+    unscaled = _unscaled(view)
+    if unscaled is not None:
+        return bool(unscaled[axis])
     extent = view.data().extent(axis)
     return axis < 2 and extent is not None and extent == view.output().extent(axis)
 
 
-def _scales(view: View) -> list[float] | None:
+def _unscaled(view: View) -> BoolArray | None:
+    """Axes of which the scale is known to be one; None where no scales are given."""
     slot = 2 if view.version >= 11 and view.node.op == "Resize" else 1
     operand = view.input(slot)
-    value = operand.value() if operand is not None else None
-    return None if value is None or not value.size else [float(v) for v in value]
+    if operand is None or operand.extent(0) == 0:
+        return None
+    one = operand.known.mask & (operand.known.value == 1)
+    return along(one, 0, view.data().rank)
 
 
 def _resize_forward(view: View) -> list[Known | None]:

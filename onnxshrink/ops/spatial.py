@@ -82,8 +82,9 @@ class Kernel:
         foldable = constant and (bias is None or bias.constant is not None)
         extend = constant and self.groups == 1 and self.view.opset() >= 11
         # What a constant adds through weights that are not known is not known either.
-        varies = self.border() or not (constant or self.weights.known.everything)
-        return Linear(self.view, 0, 1, 1, self.pattern(), varies, foldable, constant, extend)
+        framed = self.data.framed
+        varies = self.border() or framed is not None or not (constant or self.weights.known.everything)
+        return Linear(self.view, 0, 1, 1, self.pattern(), varies, foldable, constant, extend, framed)
 
     def summed(self, channels: BoolArray) -> Array:
         """Weights of some channels, summed over the kernel: `[out, channel]`, zero across groups."""
@@ -253,5 +254,6 @@ for _op in ("Conv", "ConvTranspose"):
             represent=_represent,
             fold=_fold,
             rewrite=_rewrite,
+            framed=(0,),
         )
     )

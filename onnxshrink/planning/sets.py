@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class Sets:
         settled: per node index, the constants that take the place of its outputs.
         free: per tensor, per axis, positions that no input fills.
         users: per tensor, its producer and its readers.
+        readers: per tensor, its readers.
         journal: what grew since it was begun, to be taken back by `undo`; None: nothing is noted.
     """
 
@@ -39,11 +40,15 @@ class Sets:
         self.settled: dict[int, list[Array]] = {}
         self.free: dict[str, dict[int, BoolArray]] = {}
         self.users: dict[str, list[Node]] = {}
+        self.readers: defaultdict[str, list[Node]] = defaultdict(list)
         self.queue: deque[Node] = deque()
         self.queued: set[int] = set()
         self.journal: list[tuple[str, int, BoolArray] | str] | None = None
 
     def start(self) -> None:
+        for node in self.nodes:
+            for name in node.inputs:
+                self.readers[name].append(node)
         for name in self.analysis.graph.inputs:
             self._start_tensor(name)
         for node in self.nodes:
@@ -69,12 +74,24 @@ class Sets:
             return
         shape, live = self.analysis.shape(name), self.analysis.live(name)
         kept: Kept = []
+        start = live & ~self._foldable_frame(name)
         for axis, extent in enumerate(shape or ()):
-            kept.append(project(live, axis, extent) if isinstance(extent, int) else None)
+            kept.append(project(start, axis, extent) if isinstance(extent, int) else None)
         self.kept[name] = kept
         self.cause[name] = [None if k is None else np.where(k, 0, -1).astype(np.int32) for k in kept]
         if shape is None or live.any():
             self.present.add(name)
+
+    def _foldable_frame(self, name: str) -> BoolArray:
+        """Elements that hold one value but for a frame of zeros, where every reader folds those."""
+        framed = self.analysis.framed.get(name)
+        if framed is None or not all(self._folds_frames(node, name) for node in self.readers[name]):
+            return np.zeros((1,) * self.analysis.rank(name), np.bool_)
+        return framed.mask
+
+    def _folds_frames(self, node: Node, name: str) -> bool:
+        rule = self.analysis.rules[node.index]
+        return rule is not None and all(slot in rule.framed for slot, given in enumerate(node.inputs) if given == name)
 
     def _keep_all(self, name: str) -> None:
         self.present.add(name)
@@ -83,8 +100,10 @@ class Sets:
                 self._add(name, axis, np.ones_like(kept), INTERFACE)
 
     def _find_free(self, node: Node) -> None:
-        """Positions of a linked axis that no input fills."""
+        """Positions of a linked axis that no input fills; a frame put around them costs nothing either."""
         relation = self.analysis.relations[node.index]
+        if node.outputs[0] in self.analysis.framed and node.inputs[0] in self.free:
+            self.free[node.outputs[0]] = dict(self.free[node.inputs[0]])
         for factor, links in relation.links.items():
             for output in {link.output for link in links}:
                 size = relation.sizes[f"{factor}@{output}"]

@@ -66,7 +66,7 @@ def check_forward(
     of: Collection[str] | None = None,
     draws: int = 3,
 ) -> int:
-    """Whatever the inputs are, every element claimed known holds its value.
+    """Whatever the inputs are, every element claimed known holds its value, within a frame of zeros if so claimed.
 
     Args:
         model: the model.
@@ -90,6 +90,8 @@ def check_forward(
     for values in runs:
         counts = {name: _check_known(analysis, model, name, values) for name in values}
         claimed = sum(count for name, count in counts.items() if of is None or name in of)
+        for name in analysis.framed:
+            _check_framed(analysis, model, name, values[name])
     return claimed
 
 
@@ -113,6 +115,21 @@ def _check_known(analysis: Analysis, model: onnx.ModelProto, name: str, values: 
     if error > bound:
         raise RuleViolation(f"{_where(model, name)}: an element claimed known differs by {error:.3g}")
     return int(mask.sum())
+
+
+def _check_framed(analysis: Analysis, model: onnx.ModelProto, name: str, actual: Array) -> None:
+    """Elements with one value within a frame hold that or zero, at the same positions in every channel."""
+    framed = analysis.framed[name]
+    value = np.broadcast_to(framed.value.astype(np.float64), actual.shape)
+    claimed = np.broadcast_to(framed.nonzero(), actual.shape)
+    inside = np.divide(actual, value, out=np.full(actual.shape, np.nan), where=claimed)
+    found = inside[claimed]
+    error = np.minimum(np.abs(found), np.abs(found - 1)).max(initial=0.0)
+    if error > _KNOWN_ROUNDINGS * rounding_of(actual):
+        raise RuleViolation(f"{_where(model, name)}: an element claimed framed is neither zero nor its value")
+    channels = [c for c in np.moveaxis(inside, 1, 0) if not np.isnan(c).any()]
+    if any((np.round(c) != np.round(channels[0])).any() for c in channels):
+        raise RuleViolation(f"{_where(model, name)}: the frame differs between channels")
 
 
 def _reads_infinities(model: onnx.ModelProto, name: str, values: Mapping[str, Array]) -> bool:

@@ -180,6 +180,40 @@ def test_trailing_axes_pass_through_gather_nd(batch: int, indices: Any) -> None:
     check_same(model, small, x=draw(2, 4, 3), i=picks)
 
 
+@pytest.mark.parametrize("extent", ["5", "N"], ids=["static", "free"])
+@pytest.mark.parametrize("dead_line", [4, 2], ids=["picked", "not picked"])
+def test_only_lines_that_gather_nd_picks_by_known_indices_stay(extent: str, dead_line: int) -> None:
+    w = dead(draw(3, 12), 2 * dead_line, 2 * dead_line + 1, axis=1)
+    model = build(
+        f"""g (float[{extent}, 3] x) => (float[1, 2, {extent}, 2] y) {{
+            a = MatMul(x, w) r = Reshape(a, to) t = Transpose<perm = [1, 0, 2]>(r) y = GatherND(t, i) }}""",
+        w=w, to=np.array([-1, 6, 2]), i=np.array([[[4], [-5]]]),
+    )  # fmt: skip
+    small = shrunk(model)
+    np.testing.assert_array_equal(weight(small, "w"), w[:, [2, 3, 8, 9]])
+    assert weight(small, "i").tolist() == [[[1], [0]]]
+    check_same(model, small, x=draw(5, 3))
+
+
+def test_query_heads_that_share_a_key_picked_by_gather_nd_leave() -> None:
+    """Multi-query attention: four query heads, then one of keys, in one matrix; the last position is indexed."""
+    v = dead(draw(8, 3), 2, 3, 6, 7)
+    model = build(
+        """g (float[N, 5, 3] x) => (float[N, 5, 3] y) {
+            a = MatMul(x, w) r = Reshape(a, heads) q = Slice(r, zero, four, two)
+            t = Transpose<perm = [2, 0, 1, 3]>(r) g = GatherND(t, i) k = Transpose<perm = [1, 0, 2, 3]>(g)
+            p = Transpose<perm = [0, 2, 1, 3]>(q) kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(p, kt)
+            m = Softmax<axis = 3>(s) c = MatMul(m, k) d = Transpose<perm = [0, 2, 1, 3]>(c) f = Reshape(d, flat)
+            y = MatMul(f, v) }""",
+        w=draw(3, 10), v=v, heads=np.array([0, 0, 5, 2]), flat=np.array([0, 0, 8]), zero=np.array([0]),
+        four=np.array([4]), two=np.array([2]), i=np.array([[4]]),
+    )  # fmt: skip
+    small = shrunk(model)
+    assert shapes(small)["w"] == (3, 6)
+    assert shapes(small)["v"] == (4, 3)
+    check_same(model, small, x=draw(2, 5, 3))
+
+
 def test_trailing_axes_pass_through_scatter_nd() -> None:
     model = build(
         """g (float[4, 3] x, float[2, 3] u, int64[2, 1] i) => (float[4, 2] y) {
