@@ -46,6 +46,7 @@ _TRAITS = {
     "fold": "folds constants",
     "rewrite": "changes attributes or weights",
     "unit": "may sum to one",
+    "frame": "may frame constants in zeros",
     "blind": "may be shifted",
 }
 
