@@ -37,7 +37,8 @@ bias cannot carry what the others add. *folds constants*: constants that leave a
 attributes or weights*: what must be rewritten when an axis shrinks. *takes compressed constants*: a constant that is
 the same along an axis may have one element there. *not finite everywhere*: infinite or no result for some inputs, so
 that its inputs are never made up. *may sum to one*: along one axis, so that equal values weighed by it come out as
-they went in. *may be shifted*: one number added along an axis of its input is lost in it, or comes out added."""
+they went in. *may frame constants in zeros*: the same frame for every channel, behind which one channel stands for the
+others. *may be shifted*: one number added along an axis of its input is lost in it, or comes out added."""
 _TRAITS = {
     "forward": "own constants",
     "backward": "own needs",
