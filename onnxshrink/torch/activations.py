@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,24 +72,42 @@ def _buffer(part: nn.Module, leaf: str, kept: np.ndarray) -> str:
 
 def _mask_input(part: nn.Module, name: str, parameter: str, buffer: str) -> None:
     position = list(inspect.signature(part.forward).parameters).index(parameter)
-
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mask = getattr(module, buffer)
-        if position < len(args):
-            masked = _masked(name, args[position], mask)
-            return (*args[:position], masked, *args[position + 1 :]), kwargs
-        if parameter not in kwargs:
-            raise MaskError(f"mask {name!r}: the input {parameter!r} is not given to the module")
-        return args, {**kwargs, parameter: _masked(name, kwargs[parameter], mask)}
-
-    part.register_forward_pre_hook(hook, with_kwargs=True)
+    part.register_forward_pre_hook(_InputMask(name, parameter, buffer, position), with_kwargs=True)
 
 
 def _mask_output(part: nn.Module, name: str, key: str, buffer: str) -> None:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        mask = getattr(module, buffer)
+    part.register_forward_hook(_OutputMask(name, key, buffer))
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A hook that can be saved with its module: the mask's name, what it is for, and the buffer that holds it."""
+
+    name: str
+    key: str
+    buffer: str
+
+
+@dataclass(frozen=True)
+class _InputMask(_Mask):
+    position: int
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask, position = getattr(module, self.buffer), self.position
+        if position < len(args):
+            masked = _masked(self.name, args[position], mask)
+            return (*args[:position], masked, *args[position + 1 :]), kwargs
+        if self.key not in kwargs:
+            raise MaskError(f"mask {self.name!r}: the input {self.key!r} is not given to the module")
+        return args, {**kwargs, self.key: _masked(self.name, kwargs[self.key], mask)}
+
+
+@dataclass(frozen=True)
+class _OutputMask(_Mask):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        name, key, mask = self.name, self.key, getattr(module, self.buffer)
         if isinstance(output, Mapping) and key in output:
             return {**output, key: _masked(name, output[key], mask)}
         leaves, tree = torch.utils._pytree.tree_flatten(output)
@@ -99,7 +118,16 @@ def _mask_output(part: nn.Module, name: str, key: str, buffer: str) -> None:
         leaves[tensors[wanted]] = _masked(name, leaves[tensors[wanted]], mask)
         return torch.utils._pytree.tree_unflatten(leaves, tree)
 
-    part.register_forward_hook(hook)
+
+def drop_full_masks(module: nn.Module) -> None:
+    """Remove masks of activations that multiply by ones alone."""
+    for part in module.modules():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Mask) and bool(getattr(part, hook.buffer).all()):
+                    del hooks[key], part._buffers[hook.buffer]
+                    part._non_persistent_buffers_set.discard(hook.buffer)
+                    part._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _masked(name: str, value: Any, mask: torch.Tensor) -> torch.Tensor:
