@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 
@@ -15,6 +16,11 @@ from onnxshrink.plan import Plan
 from onnxshrink.reading import read_model
 from onnxshrink.report import Report
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from onnxshrink.torch.rebuild import Origin
+
 
 class ShrinkResult:
     """A shrunk model.
@@ -22,7 +28,10 @@ class ShrinkResult:
     Attributes:
         report: what was removed, what stayed and why.
         plan: which indices of which tensor stay.
+        origin: the example inputs, masks and options that a PyTorch module was exported with; None for other models.
     """
+
+    origin: Origin | None = None
 
     def __init__(
         self,
@@ -70,6 +79,29 @@ class ShrinkResult:
         with stage(model, path, external=self._external, sources=self._sources) as staged:
             staged.commit()
         self.adopt(path)
+
+    def to_torch(self, module: nn.Module, *, strict: bool = True) -> nn.Module:
+        """A smaller copy of the PyTorch module that the model was exported from; `module` itself is not changed.
+
+        Every Conv, Linear, norm, Embedding, LSTM and GRU of it, and every other parameter, is sliced as far as the
+        module's `forward()` follows; constants of removed channels are in the biases. It computes the same as the
+        masked module and as the model, which is checked before it is returned, and can be trained, saved and exported
+        like any other. A layer that lost something has `onnxshrink_removed`: by parameter, the removed indices of each
+        axis.
+
+        Args:
+            module: what the model was exported from.
+            strict: whether everything that can go must go. If not, what `forward()` cannot follow stays whole, such as
+                heads whose number it has as a literal; a warning and `onnxshrink_notes` of the copy name the places.
+
+        Raises InputError that says which layer and why: `forward()` cannot follow (with `strict`), or follows nothing;
+        `module` is not the one that was exported, or the model did not come from a module.
+        """
+        if self.origin is None:
+            raise InputError("to_torch: no module belongs to this result; it is not one of export or ModelSpeedup")
+        from onnxshrink.torch.rebuild import rebuild
+
+        return rebuild(module, self.origin, self.model, strict)
 
     def adopt(self, path: str | os.PathLike[str]) -> None:
         """Read weights that lie in files from here from now on: the input's may be gone."""

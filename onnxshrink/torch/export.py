@@ -11,11 +11,12 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
 import torch
+from onnx import TensorProto
 from torch import nn
 from torch.nn.utils import prune
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, *_TRANSPOSED)
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 _ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -173,7 +175,6 @@ def export_onnx(
     Raises MaskError as `masked_copy` does, and InputError with the exporter's reason when the export fails or does not
     reach `opset_version`.
     """
-    duplicate = masked_copy(module, masks)
     options = {
         "kwargs": dict(kwargs) if kwargs else None,
         "dynamic_shapes": dynamic_shapes,
@@ -182,17 +183,55 @@ def export_onnx(
         "output_names": output_names,
         "opset_version": opset_version,
     }
+    model = _run_exporter(masked_copy(module, masks), args, options, dynamo)
+    _check_opset(model, opset_version)
+    return model
+
+
+def export_plain(masked: nn.Module, args: Any, options: Mapping[str, Any]) -> onnx.ModelProto:
+    """Export a module as it is, without optimisations: every weight is one of its parameters, by its name.
+
+    `options` are those of `export_onnx`. Raises InputError when the export fails.
+    """
+    rest = {name: value for name, value in options.items() if name != "dynamo" and value}
+    if options.get("dynamo", True):
+        return _without_sequences(_run_exporter(masked, args, {**rest, "optimize": False}, True, told=True))
+    plain = {"do_constant_folding": False, "training": torch.onnx.TrainingMode.PRESERVE}
+    return _without_sequences(_run_exporter(masked, args, {**rest, **plain}, False, told=True))
+
+
+def _without_sequences(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with arithmetic on shapes carried out, and sequences resolved; no weight is touched."""
+    from onnxscript import optimizer
+
+    weights = [tensor for tensor in model.graph.initializer if tensor.data_type in _FLOATS]
+    rest = [tensor for tensor in model.graph.initializer if tensor.data_type not in _FLOATS]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(rest)
+    # As inputs, weights are nothing that could be folded.
+    own = len(model.graph.input)
+    model.graph.input.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in weights
+    )
+    model = optimizer.optimize(model)
+    del model.graph.input[own:]
+    model.graph.initializer.extend(weights)
+    return model
+
+
+def _run_exporter(
+    module: nn.Module, args: Any, options: Mapping[str, Any], dynamo: bool, told: bool = False
+) -> onnx.ModelProto:
+    """Run an exporter; `told`: the user knows its warnings already."""
     run = _export_dynamo if dynamo else _export_traced
     try:
-        with _quiet():
-            model = run(duplicate, _as_tuple(args), options)
+        with _quiet("ignore" if told else "default"):
+            return run(module, _as_tuple(args), options)
     except Exception as error:  # exporters raise whatever the module's code leads them to
         own = next((cause for cause in _causes(error) if isinstance(cause, MaskError)), None)
         if own is not None:
             raise own from error
         raise InputError(f"torch.onnx.export cannot export {type(module).__name__}: {_reason(error)}") from error
-    _check_opset(model, opset_version)
-    return model
 
 
 def export(
@@ -217,20 +256,20 @@ def export(
     Raises what these two raise.
     """
     from onnxshrink import shrink
+    from onnxshrink.torch.rebuild import Origin
 
-    model = export_onnx(
-        module,
-        args,
-        masks,
-        kwargs=kwargs,
-        dynamo=dynamo,
-        dynamic_shapes=dynamic_shapes,
-        dynamic_axes=dynamic_axes,
-        input_names=input_names,
-        output_names=output_names,
-        opset_version=opset_version,
-    )
-    return shrink(model, output=output, **shrink_options)
+    options = {
+        "dynamo": dynamo,
+        "dynamic_shapes": dynamic_shapes,
+        "dynamic_axes": dynamic_axes,
+        "input_names": input_names,
+        "output_names": output_names,
+        "opset_version": opset_version,
+    }
+    model = export_onnx(module, args, masks, kwargs=kwargs, **options)
+    result = shrink(model, output=output, **shrink_options)
+    result.origin = Origin(_as_tuple(args), dict(kwargs or {}), masks, options)
+    return result
 
 
 def _as_tuple(args: Any) -> tuple[Any, ...]:
@@ -258,7 +297,7 @@ def _check_opset(model: onnx.ModelProto, wanted: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(tracer: Literal["ignore", "default"] = "default") -> Iterator[None]:
     """Drop what the exporters print, log and warn; what goes wrong comes as an exception."""
     disabled = logging.root.manager.disable
     with (
@@ -267,7 +306,7 @@ def _quiet() -> Iterator[None]:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
-        warnings.simplefilter("default", torch.jit.TracerWarning)  # a value became a constant: the user must know
+        warnings.simplefilter(tracer, torch.jit.TracerWarning)  # a value became a constant: the user must know
         logging.disable(logging.CRITICAL)
         try:
             yield

@@ -28,6 +28,7 @@ from onnxshrink.source import open_source
 from onnxshrink.torch.dummy import DummyInput
 from onnxshrink.torch.export import export_onnx, masked_copy
 from onnxshrink.torch.keywords import further_keywords
+from onnxshrink.torch.rebuild import Origin
 
 PathLike = str | os.PathLike[str]
 _SMALLEST_BATCH = 2
@@ -246,6 +247,11 @@ class ModelSpeedup:
     def replace_compressed_modules(self) -> ShrinkResult:
         """Make every weight smaller that can be, and compare the outputs with those of the masked module."""
         self.result = self._conclude(self._inferred())
+        if not self._parts:
+            further = self._further
+            options = {"dynamo": further.dynamo, "opset_version": further.opset_version}
+            options |= self.dummy_input.free_batch(further.dynamo)
+            self.result.origin = Origin(self.dummy_input.args, self.dummy_input.kwargs, self.masks, options)
         return self.result
 
     def replace_submodule(self, unique_name: str, reindex_dim: int | None = None, reindex: Any = None) -> ShrinkResult:
