@@ -116,6 +116,9 @@ def _fail(message: str, code: int, arguments: Any) -> int:
 
 def run() -> NoReturn:
     """The entry point of the command `onnxshrink`."""
+    # onnxruntime would keep an identity in the home folder and report to its makers; only before it is imported can
+    # it be told not to.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())
 

@@ -74,7 +74,8 @@ class _Temporary:
 
     def remove(self) -> None:
         """Remove it, unless it has been moved."""
-        self.file.close()
+        with contextlib.suppress(OSError):  # what is still in its buffer does not fit on a full disk either
+            self.file.close()
         self.path.unlink(missing_ok=True)
 
 

@@ -23,6 +23,7 @@ import onnxshrink
 from onnxshrink.cli import main
 from onnxshrink.lazy import LazyModel
 from onnxshrink.measure import parameters
+from onnxshrink.processes import python_command
 
 engine: Any = importlib.import_module("onnxshrink.shrink")  # the name in the package is the function
 Run = Callable[..., tuple[int, str, str]]
@@ -467,6 +468,21 @@ def test_the_module_runs_without_a_warning(tmp_path: Path) -> None:
     done = process("shrink", "missing.onnx", "-o", "small.onnx", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "onnxshrink: error: missing.onnx: no such file\n"
+
+
+def test_nothing_is_written_outside_the_folder_of_the_output(tmp_path: Path) -> None:
+    """The runtime, left to itself, keeps an identity in the home folder."""
+    folders = {name: tmp_path / name for name in ("home", "in", "out")}
+    for folder in folders.values():
+        folder.mkdir()
+    onnx.save(chain(True), folders["in"] / "big.onnx")
+    home = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TMPDIR"), str(folders["home"]))
+    command = python_command("onnxshrink", "shrink", "../in/big.onnx", "-o", "../out/small.onnx", "--align", "none")
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(command, cwd=folders["home"], env=environment | home, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Verified" in done.stdout
+    assert [os.listdir(folder) for folder in folders.values()] == [[], ["big.onnx"], ["small.onnx"]]
 
 
 def test_a_process_that_is_told_to_stop_cleans_up(tmp_path: Path) -> None:
