@@ -171,33 +171,30 @@ def _print_folds(console: Console, report: Report) -> None:
 
 
 def _print_stays(console: Console, report: Report) -> None:
-    if report.stays:
-        console.print()
-        line(console, "Channels without effect that stay:")
-        for stay in report.stays[:_MOST_STAYS]:
-            line(console, f"{stay.channels:,} for {stay.node or 'the graph'}: {stay.reason}", indent=2)
-        rest = report.stays[_MOST_STAYS:]
-        if rest:
-            line(console, f"{sum(stay.channels for stay in rest):,} for {_count(len(rest), 'other reason')}", indent=2)
-    if report.unaligned:
-        console.print()
-        line(console, "Widths that could not be raised:")
-        for width in report.unaligned[:_MOST_STAYS]:
-            line(console, f"{width.node}: {width.reason}", indent=2)
-        if len(report.unaligned) > _MOST_STAYS:
-            line(console, f"and {len(report.unaligned) - _MOST_STAYS} more (--report FILE.json lists all)", indent=2)
-    if report.unproven:
-        console.print()
-        line(console, "Operators whose shrinking rests on the comparison alone:")
-        for found in report.unproven[:_MOST_STAYS]:
-            constant = f"; {_count(found.constant, 'constant element')}" if found.constant else ""
-            line(console, f"{found.op} {found.node}: {found.how}{constant}", indent=2)
-        if len(report.unproven) > _MOST_STAYS:
-            line(console, f"and {len(report.unproven) - _MOST_STAYS:,} more", indent=2)
-    if report.refusals:
-        console.print()
-        line(console, "Operators kept whole:")
-        for refusal in report.refusals[:_MOST_STAYS]:
-            line(console, f"{len(refusal.nodes):,} {refusal.op}: {refusal.reason}", indent=2)
-        if len(report.refusals) > _MOST_STAYS:
-            line(console, f"and {_count(len(report.refusals) - _MOST_STAYS, 'more kind')}", indent=2)
+    """What stayed, and what rests on less than a proof."""
+    stays = [f"{stay.channels:,} for {stay.node or 'the graph'}: {stay.reason}" for stay in report.stays]
+    rest = report.stays[_MOST_STAYS:]
+    more = f"{sum(stay.channels for stay in rest):,} for {_count(len(rest), 'other reason')}"
+    _print_list(console, "Channels without effect that stay:", stays, more)
+    widths = [f"{width.node}: {width.reason}" for width in report.unaligned]
+    _print_list(console, "Widths that could not be raised:", widths)
+    unproven = [
+        f"{found.op} {found.node}: {found.how}"
+        + (f"; {_count(found.constant, 'constant element')}" if found.constant else "")
+        for found in report.unproven
+    ]
+    _print_list(console, "Operators whose shrinking rests on the comparison alone:", unproven)
+    refusals = [f"{len(refusal.nodes):,} {refusal.op}: {refusal.reason}" for refusal in report.refusals]
+    _print_list(console, "Operators kept whole:", refusals)
+
+
+def _print_list(console: Console, heading: str, entries: Sequence[str], more: str | None = None) -> None:
+    """The first of some entries under a heading, if there are any; `more` tells of the others."""
+    if not entries:
+        return
+    console.print()
+    line(console, heading)
+    for entry in entries[:_MOST_STAYS]:
+        line(console, entry, indent=2)
+    if len(entries) > _MOST_STAYS:
+        line(console, more or f"and {len(entries) - _MOST_STAYS:,} more (--report FILE.json lists all)", indent=2)
