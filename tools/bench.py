@@ -8,7 +8,9 @@ each residual stream, are zero in every layer that writes them. For each network
 - the latency of the shrunk network in onnxruntime (one thread) by that of the input, and by that of the network that a
   person would have built by hand with the same widths.
 
-With `--speed`: the latency of each form that a shrunk network may have, see `_bench_speed.py`.
+With `--speed`: the latency of each form that a shrunk network may have, see `_bench_speed.py`. With `--own`: the time
+and memory of onnxshrink itself, also for graphs of 10,000 nodes and weights of gigabytes, and a profile, see
+`_bench_own.py`.
 
 What is compared runs in turns, so that a slow moment of the machine hits all; figures are medians.
 """
@@ -16,11 +18,9 @@ What is compared runs in turns, so that a slow moment of the machine hits all; f
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from _drawing import FULL, SMOKE, Shape, draw
+from _timing import in_turns
 from rich.console import Console
 from rich.table import Table
 
@@ -61,18 +62,6 @@ class Figures:
     shrink: float
     memory: int
     latency: tuple[float, float, float]
-
-
-def in_turns(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """The median seconds of each call, after one round that does not count."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 1):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            if turn:
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
 
 
 def session_call(path: Path, image: np.ndarray) -> Callable[[], object]:
@@ -144,7 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure onnxshrink, as ratios from one run.")
     parser.add_argument("--smoke", action="store_true", help="small networks, a few seconds: does it run at all?")
     parser.add_argument("--speed", action="store_true", help="latency by how the widths are chosen, instead")
+    parser.add_argument("--own", action="store_true", help="time and memory of onnxshrink itself, instead")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="with --own: size of the largest model (3)")
     arguments = parser.parse_args(argv)
+    if arguments.own:
+        import _bench_own
+
+        return _bench_own.run(arguments.smoke, arguments.gigabytes)
     if arguments.speed:
         import _bench_speed
 
