@@ -312,26 +312,30 @@ def _spread_extents(analysis: Analysis, view: View, relation: Relation) -> bool:
         for axis, factors in enumerate(spec):
             if isinstance(shape[axis], int):
                 continue
-            size = relation.sizes.get(factors[0]) if len(factors) == 1 else None
-            if size is not None:
-                shape[axis] = size
-                continue
             period = relation.periods.get(axis) if index == 0 else None
-            period = period or (_period_of(view, relation, factors[0]) if len(factors) == 1 else None)
-            if period is not None:
-                shape[axis] = Period(period)
+            extent = Period(period) if period is not None else _extent_of(view, relation, factors)
+            if extent is not None:
+                shape[axis] = extent
         if tuple(shape) != output.shape:
             analysis.shapes[output.name] = tuple(shape)
             changed = True
     return changed
 
 
-def _period_of(view: View, relation: Relation, factor: str) -> int | None:
+def _extent_of(view: View, relation: Relation, factors: tuple[str, ...]) -> int | None:
+    """What an axis that passes through inherits: its extent, or only its period."""
+    if len(factors) != 1:
+        return None
+    size = relation.sizes.get(factors[0])
+    return size if size is not None else _period_of(view, relation, factors[0])
+
+
+def _period_of(view: View, relation: Relation, factor: str) -> Period | None:
     for slot, operand in enumerate(view.inputs):
         for axis, factors in enumerate(relation.spec(slot) or ()):
             period = operand.period(axis) if operand is not None else None
             if factors == (factor,) and period is not None:
-                return period
+                return Period(period)
     return None
 
 

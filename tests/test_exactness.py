@@ -232,6 +232,23 @@ def test_scales_are_read_as_far_as_they_are_known(inputs: str, whole: bool) -> N
     check_same(model, small, x=IMAGE)
 
 
+def test_an_extent_of_free_times_fixed_is_no_fixed_extent() -> None:
+    """Windows as a traced model writes them: merged with the batch, and read again from the shape of the result."""
+    weights = {
+        "w1": dead(draw(3, 4), 1, axis=1), "w2": draw(4, 2), "zero": np.array([0]), "windows": np.array([4]),
+        "rest": np.array([6, 4]), "parts": np.array([6, 2, 1]),
+    }  # fmt: skip
+    text = """g (float[N, 4, 6, 3] x) => (float[A, B, C, D] y) {
+              a = MatMul(x, w1) s = Shape(a) n = Gather(s, zero) m = Mul(n, windows) t = Concat <axis = 0> (m, rest)
+              r = Reshape(a, t) q = MatMul(r, w2) k = Shape(q) b = Gather(k, zero) u = Concat <axis = 0> (b, parts)
+              y = Reshape(q, u) }"""
+    model = build(text, **weights)
+    small = shrunk(model)
+    assert shapes(small)["w1"] == (3, 3)
+    for count in (1, 3):
+        check_same(model, small, x=draw(count, 4, 6, 3))
+
+
 def test_channels_may_be_resampled_by_scales_that_are_given() -> None:
     weights = {"w1": dead(draw(4, 3, 1, 1), 1, 2), "w2": draw(2, 4, 1, 1)}
     text = """g (float[1, 3, 6, 6] x, float[4] c) => (float[1, 2, 12, 12] y) <float[1, 4, 12, 12] u> {

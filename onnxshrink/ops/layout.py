@@ -10,7 +10,7 @@ import numpy as np
 from onnxshrink.facts import Known, along, partial
 from onnxshrink.families import blind_moves, infinite_moves, layout, unit_moves
 from onnxshrink.graph import Shape
-from onnxshrink.notation import Link, Relation, UnresolvedError, reshape, resolve
+from onnxshrink.notation import Link, Relation, UnresolvedError, opaque, reshape, resolve
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import Operand, View
 from onnxshrink.weights import Array
@@ -49,7 +49,7 @@ def _reshape(view: View) -> Relation:
     relation = reshape(shape_of(view.data()), tuple(target))
     if relation.periods and given is not None and _infers_other(given.known, set(relation.periods)):
         # Only one extent can be left to the runtime.
-        relation = replace(relation, periods={}).pin(*relation.sizes)
+        relation = opaque([shape_of(view.data())], [tuple(target)])
     return with_other_inputs(view, relation)
 
 
