@@ -314,7 +314,7 @@ class Reader:
         for slot, fold in view.folds.items():
             wanted = np.zeros(view.data(slot).extent(fold.axis) or 0, np.bool_)
             wanted[fold.indices] = True
-            self.demands.append(Demand(node.inputs[slot], fold.axis, wanted, cause_of(node, reason)))
+            self.demands.append(Demand(node.inputs[slot], fold.axis, wanted, cause_of(self._analysis, node, reason)))
 
     def _demand_constant(self, node: Node, slot: int, masks: list[BoolArray], reason: str) -> None:
         for axis, mask in enumerate(masks):
@@ -346,7 +346,7 @@ class Reader:
             for position, theirs in enumerate(spec)
             if theirs == factors and (name := self._computed(node, other)) is not None
         ]
-        cause = cause_of(node, reason)
+        cause = cause_of(self._analysis, node, reason)
         if factors and found:
             self.demands += [Demand(name, position, wanted, cause) for name, position in found]
         else:
@@ -357,9 +357,12 @@ class Reader:
         return name if name in self._plan.kept else None
 
 
-def cause_of(node: Node, reason: str) -> Cause:
-    """Why something stays that the plan would let go."""
+def cause_of(analysis: Analysis, node: Node, reason: str) -> Cause:
+    """Why something stays that the plan would let go: by the name of the module that the node is of."""
     path = module_path(node.flat.source)
+    if path is None:  # made by the exporter: of the module that it reads from
+        sources = (module_path(other.flat.source) for other in analysis.nodes() if set(other.outputs) & {*node.inputs})
+        path = next((source for source in sources if source is not None), None)
     return Cause(node.label if path is None else path or "the module", "", reason)
 
 
@@ -372,4 +375,4 @@ def _whole(analysis: Analysis, plan: Plan, node: Node, reason: str) -> Iterator[
     for name in (*node.inputs, *node.outputs):
         for axis, mask in enumerate(plan.kept.get(name, ())):
             if mask is not None and not mask.all():
-                yield Demand(name, axis, np.ones_like(mask), cause_of(node, reason))
+                yield Demand(name, axis, np.ones_like(mask), cause_of(analysis, node, reason))

@@ -191,6 +191,24 @@ def test_halves(cut: Callable[[Tensor], tuple[Tensor, ...]], width: int, dynamo:
     assert any("to_torch" in str(warning.message) for warning in caught) == (width == 24)
 
 
+def test_what_the_exporter_made_goes_by_the_module_in_front_of_it() -> None:
+    """chunk() becomes an operator that carries no name of a module."""
+
+    class Third(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.three, self.outs = nn.Conv2d(3, 12, 1), nn.ModuleList([nn.Conv2d(4, 2, 1) for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(out(part) for out, part in zip(self.outs, self.three(x).chunk(3, 1), strict=True))
+
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), Third()).eval()
+    drop(module[1].three, 0, 1, 4)
+    result = onnxshrink.export(module, torch.randn(2, 3, 4, 4), verify=False, align="none")
+    with pytest.raises(InputError, match=r"cannot follow: 1[.\w]*: sizes that forward\(\) fixes"):
+        result.to_torch(module)
+
+
 def test_channels_that_are_shuffled() -> None:
     class Shuffle(nn.Module):
         def __init__(self) -> None:
