@@ -16,10 +16,10 @@ from onnxshrink.notation import (
     elementwise,
     opaque,
     parse,
-    reshape,
     resolve,
     transfer,
 )
+from onnxshrink.reshaping import reshape
 
 # --- parsing ----------------------------------------------------------------------------------------------------
 

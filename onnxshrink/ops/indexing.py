@@ -6,13 +6,13 @@ must still be one that is there, so computed indices are needed wherever the out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from onnxshrink.facts import Known, everything, partial, uniform
 from onnxshrink.families import hull, partial_in, whole
-from onnxshrink.notation import Relation, UnresolvedError, opaque, resolve
+from onnxshrink.notation import Relation, opaque, resolve
 from onnxshrink.registry import Forward, Keep, Rewrite, Rule, register
 from onnxshrink.view import View
 from onnxshrink.weights import Array, BoolArray, any_along
@@ -89,7 +89,7 @@ def indices_of(view: View, slot: int, axis: int) -> Array | None:
     return np.where(value < 0, value + extent, value)
 
 
-def _else_whole(view: View, found: Known | None) -> list[Known | None]:
+def else_whole(view: View, found: Known | None) -> list[Known | None]:
     return [found] if found is not None else whole(view)
 
 
@@ -112,14 +112,14 @@ def _gather_forward(view: View) -> list[Known | None]:
         return [None]
     indices, count = indices_of(view, 1, axis), view.data(1).rank
     if indices is not None:
-        return [partial(*(_picked(array, indices, axis) for array in (known.mask, known.value)))]
+        return [partial(*(picked(array, indices, axis) for array in (known.mask, known.value)))]
     found = uniform_along(known, axis)
     if found is None:
         return [None]
     return [partial(*(_respread(array, axis, count) for array in (found.mask, found.value)))]
 
 
-def _picked(array: Array, indices: Array, axis: int) -> Array:
+def picked(array: Array, indices: Array, axis: int) -> Array:
     return _respread(array, axis, indices.ndim) if array.shape[axis] == 1 else array.take(indices, axis)
 
 
@@ -140,11 +140,11 @@ def _gather_backward(view: View) -> list[BoolArray | None]:
         reduced = any_along(live, picked)
         needed[0] = np.expand_dims(reduced, axis)
         return needed
-    needed[0] = _needed_picks(view, axis, chosen)
+    needed[0] = needed_picks(view, axis, chosen)
     return needed
 
 
-def _needed_picks(view: View, axis: int, chosen: Array) -> BoolArray:
+def needed_picks(view: View, axis: int, chosen: Array) -> BoolArray:
     """Elements of the data that are picked for a live element of the output."""
     live = view.live()
     picked = range(axis, axis + chosen.ndim)
@@ -166,10 +166,10 @@ def _kept_picks(view: View, axis: int, indices: Array) -> Array:
 
 def _gather_retain(view: View) -> Iterable[Keep]:
     axis = axis_of(view)
-    return _retain_picks(view, axis, indices_of(view, 1, axis))
+    return retain_picks(view, axis, indices_of(view, 1, axis))
 
 
-def _retain_picks(view: View, axis: int, indices: Array | None) -> Iterable[Keep]:
+def retain_picks(view: View, axis: int, indices: Array | None) -> Iterable[Keep]:
     extent = view.data().extent(axis)
     if indices is None or extent is None:
         return []
@@ -180,11 +180,11 @@ def _retain_picks(view: View, axis: int, indices: Array | None) -> Iterable[Keep
 
 def _gather_rewrite(view: View) -> Rewrite:
     axis = axis_of(view)
-    picks = _new_picks(view, axis, indices_of(view, 1, axis))
+    picks = new_picks(view, axis, indices_of(view, 1, axis))
     return Rewrite() if picks is None else Rewrite(constants={1: picks})
 
 
-def _new_picks(view: View, axis: int, indices: Array | None) -> Array | None:
+def new_picks(view: View, axis: int, indices: Array | None) -> Array | None:
     """The indices that stay, counted among those of the data that stay; None where nothing changes."""
     kept = view.kept[0][axis]
     if indices is None or kept is None or kept.all():
@@ -234,7 +234,7 @@ def _mixed(view: View, passive: set[int]) -> tuple[int, ...]:
 
 def _gather_elements_forward(view: View) -> list[Known | None]:
     known = uniform(view.data().known, _mixed(view, _passive(view, axis_of(view))))
-    return _else_whole(view, partial(known.mask, known.value) if known.anything else None)
+    return else_whole(view, partial(known.mask, known.value) if known.anything else None)
 
 
 register(
@@ -254,7 +254,7 @@ def _scatter_elements(view: View) -> Relation:
     return resolved(view, f"{data}, {indices}, {indices} -> {data}")
 
 
-def _both(view: View, data: Known, updates: Known, rank: int) -> Known | None:
+def both(view: View, data: Known, updates: Known, rank: int) -> Known | None:
     """What is known where the old and the new elements have the same known value; masks aligned on `rank` axes."""
     mask = data.mask & updates.mask & (data.value == updates.value)
     reduction = view.attribute("reduction", "none")
@@ -267,7 +267,7 @@ def _both(view: View, data: Known, updates: Known, rank: int) -> Known | None:
 def _scatter_elements_forward(view: View) -> list[Known | None]:
     mixed = _mixed(view, _passive(view, axis_of(view)))
     data, updates = (uniform(view.data(slot).known, mixed) for slot in (0, 2))
-    return _else_whole(view, _both(view, data, updates, view.output().rank))
+    return else_whole(view, both(view, data, updates, view.output().rank))
 
 
 for _op, _since, _until in (("ScatterElements", 11, 10_000), ("Scatter", 9, 10)):
@@ -282,140 +282,3 @@ for _op, _since, _until in (("ScatterElements", 11, 10_000), ("Scatter", 9, 10))
             partial=(1,),
         )
     )
-
-
-# --- GatherND, ScatterND ----------------------------------------------------------------------------------------
-
-
-def _depth(view: View) -> int:
-    """How many axes an index names."""
-    indices = view.data(1)
-    depth = indices.extent(indices.rank - 1)
-    if depth is None:
-        raise UnresolvedError("how many axes are indexed is not known")
-    return depth
-
-
-def _nd_picks(view: View) -> Array | None:
-    """Known indices into the first axis alone, without the axis that would hold those into others: as `Gather`'s."""
-    if _depth(view) != 1 or int(view.attribute("batch_dims", 0)):
-        return None
-    indices = indices_of(view, 1, 0)
-    return None if indices is None else indices[..., 0]
-
-
-def _gather_nd(view: View) -> Relation:
-    """`*b [*x] *a, *b *j [m] -> *b *j *a`: one axis `x` does not stay whole where the indices into it are known."""
-    batch, depth = int(view.attribute("batch_dims", 0)), _depth(view)
-    data = names(view.data().rank, range(batch, batch + depth), "[x]" if _nd_picks(view) is None else "x")
-    picks = [*data[:batch], *(f"j{p}" for p in range(batch, view.data(1).rank - 1))]
-    return resolved(view, f"{' '.join(data)}, {' '.join(picks)} [m] -> {' '.join([*picks, *data[batch + depth :]])}")
-
-
-def _gather_nd_forward(view: View) -> list[Known | None]:
-    known = view.data().known
-    if not known.anything:
-        return [None]
-    picks = _nd_picks(view)
-    if picks is not None:
-        return [partial(*(_picked(array, picks, 0) for array in (known.mask, known.value)))]
-    found = _run_on_masks(view, (0,))
-    if found is not None:
-        return [found]
-    batch, depth = int(view.attribute("batch_dims", 0)), _depth(view)
-    known = uniform(known, range(batch, batch + depth))
-    if not known.anything:
-        return [None]
-    count = view.data(1).rank - 1 - batch
-    flat = [np.squeeze(array, tuple(range(batch, batch + depth))) for array in (known.mask, known.value)]
-    return [partial(*(np.expand_dims(array, tuple(range(batch, batch + count))) for array in flat))]
-
-
-def _run_on_masks(view: View, slots: Sequence[int]) -> Known | None:
-    """What is known when the elements of `slots` are moved by known indices: the operator run on values and masks."""
-    values: list[Array | None] = []
-    masks: list[Array | None] = []
-    for slot, operand in enumerate(view.inputs):
-        shape = None if operand is None else operand.static_shape()
-        if operand is None or shape is None or int(np.prod(shape, dtype=np.int64)) > 1 << 12:
-            return None
-        if slot not in slots and operand.value() is None:
-            return None
-        values.append(np.broadcast_to(operand.known.value, shape))
-        moves = slot in slots
-        masks.append(np.broadcast_to(operand.known.mask, shape).astype(np.float32) if moves else values[-1])
-    value, mask = view.run(values), view.run(masks)
-    return None if value is None or mask is None else partial(mask[0] > 0, value[0])
-
-
-def _gather_nd_backward(view: View) -> list[BoolArray | None]:
-    needed, picks = partial_in(1)(view), _nd_picks(view)
-    return needed if picks is None else [_needed_picks(view, 0, picks), *needed[1:]]
-
-
-def _gather_nd_retain(view: View) -> Iterable[Keep]:
-    return _retain_picks(view, 0, _nd_picks(view))
-
-
-def _gather_nd_rewrite(view: View) -> Rewrite:
-    picks = _new_picks(view, 0, _nd_picks(view))
-    return Rewrite() if picks is None else Rewrite(constants={1: picks[..., None]})
-
-
-register(
-    Rule(
-        "GatherND",
-        relate=_gather_nd,
-        forward=_gather_nd_forward,
-        backward=_gather_nd_backward,
-        partial=(1,),
-        retain=_gather_nd_retain,
-        rewrite=_gather_nd_rewrite,
-    )
-)
-
-
-def _scatter_nd(view: View) -> Relation:
-    """`[*x] *a, *j [m], *j *a -> [*x] *a`"""
-    depth = _depth(view)
-    data = names(view.data().rank, range(depth))
-    picks = " ".join(f"j{p}" for p in range(view.data(1).rank - 1))
-    return resolved(view, f"{' '.join(data)}, {picks} [m], {picks} {' '.join(data[depth:])} -> {' '.join(data)}")
-
-
-def _scatter_nd_forward(view: View) -> list[Known | None]:
-    if view.attribute("reduction", "none") == "none":
-        found = _run_on_masks(view, (0, 2))
-        if found is not None:
-            return [found]
-    depth, rank, picks = _depth(view), view.data().rank, view.data(1).rank - 1
-    data = uniform(view.data().known, range(depth))
-    updates = uniform(view.data(2).known, range(picks))
-    if not (data.anything and updates.anything):
-        return whole(view)
-    shape = [1] * depth + list(updates.mask.shape[picks:])
-    values = [1] * depth + list(updates.value.shape[picks:])
-    aligned = Known(updates.mask.reshape(shape), updates.value.reshape(values))
-    return _else_whole(view, _both(view, data, aligned, rank))
-
-
-register(Rule("ScatterND", relate=_scatter_nd, forward=_scatter_nd_forward, backward=partial_in(1), partial=(1,)))
-
-
-def _tensor_scatter(view: View) -> Relation:
-    """`n *a [x] *b, n *a [u] *b, n -> n *a [x] *b`"""
-    axis, rank = axis_of(view, -2), view.data().rank
-    cache, update = " ".join(names(rank, [axis])), " ".join(names(rank, [axis], "[xu]"))
-    lengths = ", a0" if view.input(2) is not None else ""
-    return resolved(view, f"{cache}, {update}{lengths} -> {cache}")
-
-
-def _tensor_scatter_forward(view: View) -> list[Known | None]:
-    axis = axis_of(view, -2)
-    data, update = (uniform(view.data(slot).known, (axis,)) for slot in (0, 1))
-    return [_both(view, data, update, view.output().rank)]
-
-
-register(
-    Rule("TensorScatter", relate=_tensor_scatter, forward=_tensor_scatter_forward, backward=partial_in(2), partial=(2,))
-)
