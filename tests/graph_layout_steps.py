@@ -186,6 +186,30 @@ def _computed_target(builder: Builder, x: Tensor, rest: list[int]) -> Tensor:
     return target
 
 
+@step(8)
+def windows(builder: Builder) -> None:
+    """Merge a free batch with the next axis, contract the last one, and part them again; all targets are computed."""
+    x = builder.pick(lambda t: 3 <= t.rank <= 4 and not t.fixed(0) and t.all_fixed(range(1, t.rank)))
+    batch, count, *rest = x.shape
+    target = _scaled_target(builder, x, "Mul", count, [batch * count, *rest])
+    y = builder.one("Reshape", [x, target])
+    weights = builder.deaden(builder.values([rest[-1], builder.integer(2, 6)], 0.5), builder.integer(0, 1))
+    y = builder.one("MatMul", [y, builder.constant(weights)])
+    parts = [count, *y.shape[1:]] if builder.chance(50) else [count * y.shape[1], *y.shape[2:]]
+    builder.one("Reshape", [y, _scaled_target(builder, y, "Div", count, [batch, *parts])])
+
+
+def _scaled_target(builder: Builder, x: Tensor, operator: str, factor: int, extents: list[int]) -> Tensor:
+    """`[Shape(x)[0] * factor, *extents[1:]]`, or divided by it."""
+    shape = builder.one("Shape", [x])
+    first = builder.one("Gather", [shape, builder.integers_constant([0])], axis=0)
+    first = builder.one(operator, [first, builder.integers_constant([factor])])
+    target = builder.one("Concat", [first, builder.integers_constant(extents[1:])], axis=0)
+    builder.arrays[target.name] = np.array(extents, np.int64)
+    builder.declared[target.name] = np.array([-1, *extents[1:]], np.int64)
+    return target
+
+
 @step(3)
 def flatten(builder: Builder) -> None:
     x = builder.pick(lambda t: t.rank >= 2)
