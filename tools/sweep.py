@@ -1,8 +1,8 @@
 """Shrink small networks of many architectures in many variants: `python tools/sweep.py --smoke`, or `--full`.
 
 Each is pruned at random, exported by torch, shrunk, and compared with what it was in onnxruntime. A line for each says
-what is left; `--why` adds what stays beyond the live channels, and for what reason. Exits with 1 when a result differs, or
-when nothing was removed; what a second run would remove besides is told.
+is left; `--why` adds what stays beyond the live channels, and why. Exits with 1 when a result differs or nothing was
+removed; what a second run would remove is told.
 """
 
 from __future__ import annotations
