@@ -9,6 +9,7 @@ from functools import cached_property, partial
 
 import numpy as np
 
+from onnxshrink.collector import paused
 from onnxshrink.derive import Sources
 from onnxshrink.facts import Known, along, compress, everything
 from onnxshrink.families import endless, needed_by_relation, spoilt, whole
@@ -128,6 +129,7 @@ class Analysis:
 Note = Callable[[Analysis, View, "Rule | None"], None]
 
 
+@paused()
 def analyse(graph: Graph, lookup: Lookup = rule_of) -> Analysis:
     """Facts of every tensor of `graph`; `lookup` finds the rule of a node, in the registry unless told otherwise."""
     analysis = _forward_pass(graph, lookup)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxshrink.analyse import Analysis
+from onnxshrink.collector import paused
 from onnxshrink.edit import Editor
 from onnxshrink.graph import Node
 from onnxshrink.lazy import LazyModel
@@ -19,6 +20,7 @@ from onnxshrink.view import Operand, View
 from onnxshrink.weights import Array, Values, taken
 
 
+@paused()
 def apply(analysis: Analysis, plan: Plan) -> LazyModel:
     """The smaller model; its weights are cut when they are read. The graph that was analysed is not changed."""
     editor = Editor(analysis.graph)

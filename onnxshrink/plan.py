@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxshrink.analyse import Analysis, find_needed
+from onnxshrink.collector import paused
 from onnxshrink.planning.agreement import level
 from onnxshrink.planning.align import Aligner, Alignment
 from onnxshrink.planning.data import INTERFACE, LIVE, Cause, Kept, Plan
@@ -18,6 +19,7 @@ from onnxshrink.planning.planner import Planner
 __all__ = ["INTERFACE", "LIVE", "Cause", "Demand", "Kept", "Plan", "level", "make_plan"]
 
 
+@paused()
 def make_plan(analysis: Analysis, alignment: Alignment | None = None, demands: Sequence[Demand] | None = None) -> Plan:
     """The smallest sets that agree with every node of the graph, and with the widths that are asked for.
 

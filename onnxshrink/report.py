@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from onnxshrink.analyse import Analysis
+from onnxshrink.collector import paused
 from onnxshrink.graph import Graph, Node
 from onnxshrink.measure import Size
 from onnxshrink.plan import INTERFACE, LIVE, Cause, Kept, Plan
@@ -158,6 +159,7 @@ def _numbers_only(value: Any) -> bool:
     return isinstance(value, int)
 
 
+@paused()
 def make_report(
     version: str,
     sizes: tuple[Size, Size],

@@ -14,6 +14,7 @@ import onnx
 from onnxshrink import measure, save
 from onnxshrink.analyse import Analysis, analyse
 from onnxshrink.apply import apply
+from onnxshrink.collector import paused
 from onnxshrink.errors import InputError, OnnxshrinkError
 from onnxshrink.graph import Graph, make_skeleton
 from onnxshrink.lazy import LazyModel
@@ -228,6 +229,7 @@ def carry_out(analysis: Analysis, plan: Plan) -> LazyModel | None:
     return model if _is_smaller(analysis, plan, model.proto) else None
 
 
+@paused()
 def _checked(form: Form, analysis: Analysis, external: bool) -> Graph | None:
     """The smaller model, if there is one. Raises OnnxshrinkError if it is invalid."""
     if form.model is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxshrink import measure
+from onnxshrink.collector import paused
 from onnxshrink.graph import Graph
 from onnxshrink.lazy import LARGEST, LazyModel
 from onnxshrink.masks import MaskTree, apply_masks, load_masks, zero_near
@@ -55,6 +56,7 @@ class Source:
         return copy
 
 
+@paused()
 def open_source(
     model: ModelLike,
     masks: MaskTree | PathLike | None = None,
