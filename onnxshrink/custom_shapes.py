@@ -7,37 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import onnx
 
+from onnxshrink.protos import UNTOLD, BareNode
 from onnxshrink.stand_ins import is_custom
 
 Dim = int | str | None
 Dims = tuple[Dim, ...]
-# What onnx calls the extents that it cannot tell.
-_UNTOLD = "unk__"
 _RANK_TWO = 2
 
 
-@dataclass(frozen=True)
-class _Node:
+@dataclass(frozen=True, eq=False)
+class _Node(BareNode):
     """A node with what is known of its inputs."""
 
-    proto: onnx.NodeProto
     shapes: tuple[Dims | None, ...]
-
-    def attribute(self, name: str, default: Any = None) -> Any:
-        for attribute in self.proto.attribute:
-            if attribute.name == name:
-                return onnx.helper.get_attribute_value(attribute)
-        return default
 
     def shape(self, slot: int) -> Dims | None:
         return self.shapes[slot] if slot < len(self.shapes) else None
-
-    def given(self, slot: int) -> bool:
-        return slot < len(self.proto.input) and bool(self.proto.input[slot])
 
 
 Shapes = list[Dims | None]
@@ -300,7 +288,7 @@ def _forget(graph: onnx.GraphProto, names: set[str]) -> None:
 
 
 def _has_untold(value: onnx.ValueInfoProto) -> bool:
-    return any(isinstance(extent, str) and extent.startswith(_UNTOLD) for extent in dims_of(value) or ())
+    return any(isinstance(extent, str) and extent.startswith(UNTOLD) for extent in dims_of(value) or ())
 
 
 def _element_type(proto: onnx.NodeProto, output: int, inputs: list[onnx.ValueInfoProto | None]) -> int:

@@ -1,8 +1,33 @@
-"""Protobuf messages, copied in part."""
+"""Protobuf messages: read, and copied in part."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
 from google.protobuf.message import Message  # type: ignore[import-untyped]
+
+# What onnx's shape inference calls an extent that it cannot tell.
+UNTOLD = "unk__"
+
+
+@dataclass(frozen=True, eq=False)
+class BareNode:
+    """A node of a model, before it is a node of a graph."""
+
+    proto: onnx.NodeProto
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """The value of an attribute that the node has, else the default."""
+        for attribute in self.proto.attribute:
+            if attribute.name == name:
+                return onnx.helper.get_attribute_value(attribute)
+        return default
+
+    def given(self, slot: int) -> bool:
+        """Whether the node has an input there."""
+        return slot < len(self.proto.input) and bool(self.proto.input[slot])
 
 
 def copy_fields(source: Message, target: Message, leave: frozenset[str]) -> None:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 
+from onnxshrink.protos import UNTOLD, BareNode
+
 Element = int | str | None
 Dims = list[int | str | None]
-# What onnx's inference calls a symbol that it invents.
-_INVENTED = "unk__"
 _LARGEST = 64
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
@@ -32,22 +31,12 @@ class Vector:
 
 
 @dataclass(frozen=True, eq=False)
-class _Node:
-    proto: onnx.NodeProto
+class _Node(BareNode):
     inputs: tuple[Vector | None, ...]
     shapes: tuple[Dims | None, ...]
 
-    def attribute(self, name: str, default: Any = None) -> Any:
-        for attribute in self.proto.attribute:
-            if attribute.name == name:
-                return onnx.helper.get_attribute_value(attribute)
-        return default
-
     def input(self, slot: int) -> Vector | None:
         return self.inputs[slot] if slot < len(self.inputs) else None
-
-    def given(self, slot: int) -> bool:
-        return slot < len(self.proto.input) and bool(self.proto.input[slot])
 
     def numbers(self, slot: int) -> list[int] | None:
         """Elements of an input, when all of them are numbers."""
@@ -314,7 +303,7 @@ def _of_tensor(tensor: onnx.TensorProto) -> Vector | None:
 
 def is_invented(name: str) -> bool:
     """Whether a symbol is one that inference made up: it stands for no extent that the model names."""
-    return name.startswith(_INVENTED)
+    return name.startswith(UNTOLD)
 
 
 def _dims(value: onnx.ValueInfoProto | None) -> Dims | None:
