@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnxshrink.protos import UNTOLD, BareNode
+from onnxshrink.protos import UNTOLD, BareNode, dims_of
 from onnxshrink.stand_ins import is_custom
 
 Dim = int | str | None
@@ -204,14 +204,6 @@ _FUNCTIONS: dict[str, ShapeFunction] = {
     "SkipLayerNormalization": _norm,
     "SkipSimplifiedLayerNormalization": _norm,
 }
-
-
-def dims_of(value: onnx.ValueInfoProto) -> Dims | None:
-    """Extents of a tensor as a graph declares them, None when it declares none."""
-    if not value.type.tensor_type.HasField("shape"):
-        return None
-    dims = value.type.tensor_type.shape.dim
-    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims)
 
 
 def _value(name: str, element: int, dims: Dims) -> onnx.ValueInfoProto:

@@ -16,6 +16,7 @@ import onnx.inliner
 from onnxshrink.errors import InputError
 from onnxshrink.flatten import FlatNode, flatten
 from onnxshrink.protos import copy_fields as copy_fields
+from onnxshrink.protos import dims_of
 from onnxshrink.reading import ModelLike as ModelLike
 from onnxshrink.reading import first_line, read_model
 from onnxshrink.reading import load_proto as load_proto
@@ -170,13 +171,8 @@ def _rank_of(extent: Dim) -> int:
 
 
 def _type_of(value: onnx.ValueInfoProto) -> tuple[Shape | None, int]:
-    tensor = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
-        return None, tensor.elem_type if value.type.HasField("tensor_type") else 0
-    dims: list[Dim] = []
-    for dim in tensor.shape.dim:
-        dims.append(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None)
-    return tuple(dims), tensor.elem_type
+    kind = value.type.tensor_type.elem_type if value.type.HasField("tensor_type") else 0
+    return dims_of(value), kind
 
 
 def _inlined(model: onnx.ModelProto, keep: frozenset[str]) -> onnx.ModelProto:

@@ -30,6 +30,22 @@ class BareNode:
         return slot < len(self.proto.input) and bool(self.proto.input[slot])
 
 
+def dims_of(value: onnx.ValueInfoProto) -> tuple[int | str | None, ...] | None:
+    """Extents of a tensor as a graph declares them, None when it declares none."""
+    return extents_of(value.type.tensor_type)
+
+
+def extents_of(kind: onnx.TypeProto.Tensor) -> tuple[int | str | None, ...] | None:
+    """Extents of a type of tensors, None when it has none.
+
+    A negative extent is unknown: some converters write -1, and onnx's inference finds such in branches that never run.
+    """
+    if not kind.HasField("shape"):
+        return None
+    dims = kind.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else d.dim_param or None for d in dims)
+
+
 def copy_fields(source: Message, target: Message, leave: frozenset[str]) -> None:
     """Copy every field that is set, except those in `leave`."""
     for descriptor, value in source.ListFields():

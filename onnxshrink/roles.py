@@ -13,6 +13,7 @@ import onnx
 from onnx import inliner, numpy_helper, shape_inference
 
 from onnxshrink.errors import InputError
+from onnxshrink.protos import extents_of
 
 Array = npt.NDArray[Any]
 Size = int | str
@@ -101,13 +102,8 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 def _dims(kind: onnx.TypeProto.Tensor, name: str) -> tuple[Size, ...] | None:
     """Extents; a free dimension (or a negative extent) is its symbol, or a name of its own where it has none."""
-    if not kind.HasField("shape"):
-        return None
-    dims = enumerate(kind.shape.dim)
-    return tuple(
-        d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else d.dim_param or f"{name}#{axis}"
-        for axis, d in dims
-    )
+    dims = extents_of(kind)
+    return None if dims is None else tuple(f"{name}#{a}" if dim is None else dim for a, dim in enumerate(dims))
 
 
 class _Reader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import onnx
 
 from onnxshrink import symbols
 from onnxshrink.custom_shapes import fill
+from onnxshrink.protos import dims_of
 from onnxshrink.stand_ins import stand_in
 
 _ROUNDS = 256
@@ -66,12 +67,6 @@ def with_knowledge(
     return model
 
 
-def _dims(value: onnx.ValueInfoProto) -> list[int | str | None] | None:
-    if not value.type.tensor_type.HasField("shape"):
-        return None
-    return [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in value.type.tensor_type.shape.dim]
-
-
 def _like_input(graph: onnx.GraphProto) -> bool:
     """Outputs that have the shape of the first input, where inference through the operator's function body fails."""
     values = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
@@ -80,7 +75,7 @@ def _like_input(graph: onnx.GraphProto) -> bool:
         if node.op_type not in _LIKE_INPUT or node.domain not in ("", "ai.onnx"):
             continue
         source, target = values.get(node.input[0]), values.get(node.output[0])
-        if source is None or _dims(source) is None or (target is not None and _dims(target) is not None):
+        if source is None or dims_of(source) is None or (target is not None and dims_of(target) is not None):
             continue
         if target is None:
             target = graph.value_info.add(name=node.output[0])
@@ -100,7 +95,7 @@ def _cancelled(graph: onnx.GraphProto) -> bool:
         source, target = values.get(node.input[0]), values.get(node.output[0])
         if source is None or target is None:
             continue
-        before, after = _dims(source), _dims(target)
+        before, after = dims_of(source), dims_of(target)
         found = None if before is None or after is None else cancel(before, after)
         if found is not None:
             axis, extent = found
@@ -109,7 +104,7 @@ def _cancelled(graph: onnx.GraphProto) -> bool:
     return changed
 
 
-def cancel(before: list[int | str | None], after: list[int | str | None]) -> tuple[int, int] | None:
+def cancel(before: Sequence[int | str | None], after: Sequence[int | str | None]) -> tuple[int, int] | None:
     """Axis and extent of the one extent in `after` that follows from equal numbers of elements, if there is one."""
     own = Counter(extent for extent in before if isinstance(extent, str))
     unknown = [axis for axis, extent in enumerate(after) if not isinstance(extent, int) and extent not in own]

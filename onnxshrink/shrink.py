@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnxshrink.apply import apply
 from onnxshrink.collector import paused
 from onnxshrink.errors import InputError, OnnxshrinkError
 from onnxshrink.graph import Graph, make_skeleton
+from onnxshrink.guard import despite_faults
 from onnxshrink.lazy import LazyModel
 from onnxshrink.masks import MaskTree
 from onnxshrink.plan import Plan, make_plan
@@ -98,10 +100,14 @@ def shrink(
     check_targets(model, masks, output, report)
     step("reading")
     source = open_source(model, masks, zero_tolerance, tuple(replace_functions or ()))
-    step("analysing")
-    analysis = analyse(source.graph, lookup_for(probe, replace_functions))
-    step("cutting")
     options = Options(verify, inputs, samples, seed, align, timing, output, report, step)
+    return despite_faults(lookup_for(probe, replace_functions), partial(_carry_on, source, options))
+
+
+def _carry_on(source: Source, options: Options, lookup: Lookup) -> ShrinkResult:
+    options.step("analysing")
+    analysis = analyse(source.graph, lookup)
+    options.step("cutting")
     return conclude(source, analysis, options)
 
 

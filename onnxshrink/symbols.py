@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from onnxshrink.protos import UNTOLD, BareNode
+from onnxshrink.protos import UNTOLD, BareNode, dims_of
 
 Element = int | str | None
 Dims = list[int | str | None]
@@ -308,13 +308,8 @@ def is_invented(name: str) -> bool:
 
 def _dims(value: onnx.ValueInfoProto | None) -> Dims | None:
     """Extents of a tensor; an invented symbol counts as unknown."""
-    if value is None or not value.type.tensor_type.HasField("shape"):
-        return None
-    dims: Dims = []
-    for dim in value.type.tensor_type.shape.dim:
-        symbol = dim.dim_param if dim.dim_param and not is_invented(dim.dim_param) else None
-        dims.append(dim.dim_value if dim.HasField("dim_value") else symbol)
-    return dims
+    dims = dims_of(value) if value is not None else None
+    return [None if isinstance(d, str) and is_invented(d) else d for d in dims] if dims is not None else None
 
 
 def _set(value: onnx.ValueInfoProto, dims: Dims) -> bool:

@@ -36,3 +36,17 @@ def test_an_output_that_is_declared_with_another_rank_is_kept_whole() -> None:
     small = shrunk(model)
     assert shapes(small)["w"] == (3, 4)
     check_same(model, small, x=draw(4, 3))
+
+
+def test_extents_below_zero_in_a_branch_that_never_runs() -> None:
+    """Of four parts of five sizes, two in each, onnx infers an extent of -1 for the last one."""
+    text = """g (float[N, 4] x, int64[5] size) => (float[N, 2] y) {
+        count = Size(size) four = Constant <value_int = 4> () flat = Equal(count, four) h = MatMul(x, w1)
+        z = If (flat) <
+            then_branch = t () => (float[N, 3] p) {
+                n, c, d, e = Split <num_outputs = 4> (size) s = ReduceSum(e) f = Cast <to = 1> (s) p = Mul(h, f) },
+            else_branch = o () => (float[N, 3] q) { q = Relu(h) }>
+        y = MatMul(z, w2) }"""
+    model = build(text, opset=20, w1=dead(draw(4, 3), 1, axis=1), w2=draw(3, 2))
+    small = onnxshrink.shrink(model, align="none").model
+    assert (shapes(small)["w1"], shapes(small)["w2"]) == ((4, 2), (2, 2))
