@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import onnx
 import pytest
@@ -11,7 +13,7 @@ from strategies import random_graph
 
 from onnxshrink.plan import Plan
 from onnxshrink.planning.align import Alignment
-from onnxshrink.testing import InputsCannotRun, check_shrink, run
+from onnxshrink.testing import InputsCannotRun, check_shrink
 
 
 def kept(plan: Plan, name: str, axis: int) -> int:
@@ -191,8 +193,8 @@ def test_random_graphs_keep_their_function(multiple: int) -> None:
         feeds = graph.feeds(0)[:1]
         try:
             onnx.checker.check_model(graph.model, full_check=True)
-            run(graph.model, feeds)
-        except (InputsCannotRun, onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
             continue
-        checked += check_shrink(graph.model, feeds, again=False, align=multiple).removed > 0
+        with suppress(InputsCannotRun):  # of the model as it is: that of the result is a violation
+            checked += check_shrink(graph.model, feeds, again=False, align=multiple).removed > 0
     assert checked > 30
