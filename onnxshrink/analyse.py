@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -248,7 +248,7 @@ def forward(analysis: Analysis, node: Node, note: Note | None = None) -> None:
     analysis.relations[node.index] = relation
     if rule is None:
         analysis.refusals.append(Refusal(node.label, node.op, reason))
-    (note or _note_facts)(analysis, analysis.view(node, relation), rule)
+    (note or _note_facts)(analysis, replace(view, relation=relation), rule)
     framed = rule.frame(analysis.view(node)) if rule is not None and rule.frame is not None else None
     if framed is not None:
         analysis.framed[node.outputs[0]] = framed
@@ -343,18 +343,25 @@ def _period_of(view: View, relation: Relation, factor: str) -> Period | None:
 
 def _relate(view: View, rule: Rule | None) -> tuple[Rule | None, Relation, str]:
     """The rule that applies, the relation, and why there is no rule."""
-    whole_relation = opaque(view.shapes(view.inputs), view.shapes(view.outputs))
+    reason = _obstacle(view, rule)
+    if rule is not None and reason is None:
+        try:
+            return rule, rule.relation(view), ""
+        except UnresolvedError as error:
+            reason = str(error)
+    return None, opaque(view.shapes(view.inputs), view.shapes(view.outputs)), reason or ""
+
+
+def _obstacle(view: View, rule: Rule | None) -> str | None:
+    """Why a rule cannot even be tried, if so."""
     if rule is None:
-        return None, whole_relation, "no rule for this operator"
+        return "no rule for this operator"
     if rule.refusal is not None:
-        return None, whole_relation, rule.refusal
+        return rule.refusal
     for operand in (*view.inputs, *view.outputs):
         if operand is not None and (operand.shape is None or operand.dtype is None):
-            return None, whole_relation, f"rank or type of {operand.name!r} is not known"
-    try:
-        return rule, rule.relation(view), ""
-    except UnresolvedError as error:
-        return None, whole_relation, str(error)
+            return f"rank or type of {operand.name!r} is not known"
+    return None
 
 
 def _derive(analysis: Analysis, view: View) -> bool:

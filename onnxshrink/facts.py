@@ -113,7 +113,7 @@ def project(mask: BoolArray, axis: int, extent: int) -> BoolArray:
     """Indices of one axis at which any element of a compressed mask holds."""
     rest = tuple(a for a in range(mask.ndim) if a != axis)
     reduced = any_along(mask, rest)
-    return np.array(np.broadcast_to(reduced, (extent,)))
+    return reduced.copy() if reduced.size == extent else np.array(np.broadcast_to(reduced, (extent,)))
 
 
 def fits(array: Array, shape: Shape) -> bool:

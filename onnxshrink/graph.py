@@ -23,7 +23,7 @@ from onnxshrink.reading import load_proto as load_proto
 from onnxshrink.shapes import infer, with_knowledge
 from onnxshrink.stand_ins import checkable
 from onnxshrink.symbols import is_invented
-from onnxshrink.weights import Array, Constant, Values, stored
+from onnxshrink.weights import Array, Constant, Values, dtype_of, stored
 
 
 class Period(int):
@@ -306,7 +306,7 @@ class Graph:
         code = self._types.get(name, (None, 0))[1]
         if code in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
             return None
-        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(code))
+        return dtype_of(code)
 
     def element_type(self, name: str) -> int:
         """Element type of a tensor as ONNX numbers it, 0 when unknown."""

@@ -132,11 +132,12 @@ def external_file(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int, in
 
 def tensor_dtype(tensor: onnx.TensorProto) -> np.dtype[Any]:
     """numpy's type for an ONNX tensor (`ml_dtypes` for those that numpy lacks)."""
-    return _dtype_of(tensor.data_type)
+    return dtype_of(tensor.data_type)
 
 
 @cache
-def _dtype_of(code: int) -> np.dtype[Any]:
+def dtype_of(code: int) -> np.dtype[Any]:
+    """numpy's type for one that ONNX numbers."""
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(code))
 
 

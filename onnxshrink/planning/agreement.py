@@ -70,11 +70,15 @@ class Agreement(Sets):
                     self._add_by_source(node, slots, name, axis, factors, np.ones(1, np.bool_))
                     continue
                 wanted = _product(factors, unions)
-                if wanted is not None:
+                if wanted is not None and self._lacks(name, axis, wanted):
                     pinned = bool(relation.pinned.intersection(factors))
                     if not pinned:
                         self._add_by_source(node, slots, name, axis, factors, wanted)
                     self._add(name, axis, wanted, _cause(node, "" if pinned else name, name))
+
+    def _lacks(self, name: str, axis: int, wanted: BoolArray) -> bool:
+        kept = self.kept[name][axis]
+        return kept is not None and bool((wanted & ~kept).any())
 
     def _add_by_source(
         self,
@@ -257,7 +261,8 @@ class Agreement(Sets):
         same = axes.get(factors)
         if same is not None:
             return same
-        wanted = _product(factors, {f: unions.get(f, np.ones(relation.sizes[f] or 1, np.bool_)) for f in factors})
+        whole = {f: np.ones(relation.sizes[f] or 1, np.bool_) for f in factors if f not in unions}
+        wanted = _product(factors, unions | whole if whole else unions)
         assert wanted is not None
         return wanted
 

@@ -52,12 +52,11 @@ def settle(analysis: Analysis, node: Node) -> list[Array] | None:
     """Values of a node whose outputs are known wherever they are needed, unless larger than what they replace."""
     if analysis.rules[node.index] is None:
         return None
-    view = analysis.view(node)
-    values = [_full(analysis, operand) if operand is not None else None for operand in view.outputs]
+    values = [_full(analysis, analysis.operand(name)) if name else None for name in node.outputs]
     found = [value for value in values if value is not None]
     if len(found) < len(values):
         return None
-    inputs = [operand for operand in view.inputs if operand is not None]
+    inputs = [analysis.operand(name) for name in node.inputs if name]
     weights = sum(operand.constant.size for operand in inputs if operand.constant)
     if all(operand.constant for operand in inputs):
         # Analysis would have taken the outputs for constants, were they not larger than what they are made of.
