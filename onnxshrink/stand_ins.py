@@ -16,6 +16,8 @@ _STRAYS = frozenset({"SimplifiedLayerNormalization"})
 # An einsum stands for products; older models are left as they are.
 _EINSUM_SINCE = 12
 _SUM = 3
+# Before this version, every initializer was to be an input too.
+_IR_OF_CONSTANTS = 4
 
 Make = Callable[[onnx.NodeProto], "list[onnx.NodeProto] | None"]
 
@@ -107,18 +109,23 @@ def stand_in(model: onnx.ModelProto) -> onnx.ModelProto:
 def checkable(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model as onnx's checker wants it, where onnxruntime is more liberal; the model itself where it is not.
 
-    onnxruntime takes some of its own operators in the default domain too, and needs no import of its domain.
+    onnxruntime takes some of its own operators in the default domain too, and needs no import of its domain. It takes
+    initializers that are no inputs in models of IR version 3, too.
     """
     strays = [node for node in model.graph.node if is_custom(node) and node.domain != _DOMAIN]
     uses = any(node.domain == _DOMAIN for node in model.graph.node)
     imported = any(opset.domain == _DOMAIN for opset in model.opset_import)
-    if not strays and (imported or not uses):
+    inputs = {value.name for value in model.graph.input}
+    hidden = model.ir_version < _IR_OF_CONSTANTS and any(t.name not in inputs for t in model.graph.initializer)
+    if not strays and (imported or not uses) and not hidden:
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for node in result.graph.node:
         if is_custom(node):
             node.domain = _DOMAIN
-    if not imported:
+    if hidden:
+        result.ir_version = _IR_OF_CONSTANTS
+    if not imported and (strays or uses):
         result.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
     return result

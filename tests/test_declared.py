@@ -50,3 +50,16 @@ def test_extents_below_zero_in_a_branch_that_never_runs() -> None:
     model = build(text, opset=20, w1=dead(draw(4, 3), 1, axis=1), w2=draw(3, 2))
     small = onnxshrink.shrink(model, align="none").model
     assert (shapes(small)["w1"], shapes(small)["w2"]) == ((4, 2), (2, 2))
+
+
+def test_weights_that_are_no_inputs_at_ir_version_3() -> None:
+    model = build(
+        "g (float[N, 3] x) => (float[N, 2] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, u) }",
+        opset=8,
+        w=dead(draw(3, 4), 1, 2, axis=1),
+        u=draw(4, 2),
+    )
+    model.ir_version = 3
+    small = onnxshrink.shrink(model, align="none").model
+    assert small.ir_version == 3
+    assert shapes(small) == {"w": (3, 2), "u": (2, 2)}
