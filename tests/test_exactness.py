@@ -201,6 +201,29 @@ def test_a_constant_that_stays_anyway_takes_the_others() -> None:
     check_same(model, small, x=IMAGE, z=np.broadcast_to(other, (2, 4, 6, 6)).copy())
 
 
+@pytest.mark.parametrize(
+    ("groups", "first", "second", "appended"),
+    [(2, 5, (5, 6, 3, 3), 1), (4, 12, (10, 6, 3, 3), 0)],
+    ids=["to one: a channel of ones", "to two: one constant in each"],
+)
+def test_groups_that_are_joined_share_what_carries_their_constants(
+    groups: int, first: int, second: tuple[int, ...], appended: int
+) -> None:
+    """Of two groups, one has many live inputs and the other many live outputs: joined, they are smaller."""
+    rows = [4 * g + i for g in range(0, groups, 2) for i in (1, 2, 3)]
+    unread = [4 * g + i for g in range(1, groups, 2) for i in (1, 2, 3)]
+    w1, b1, w2 = dead(draw(4 * groups, 3, 1, 1), *rows), draw(4 * groups), draw(4 * groups, 4, 3, 3)
+    w3 = dead(draw(2, 4 * groups, 1, 1), *unread, axis=1)
+    body = f"a = Conv(x, w1, b1) g = Conv <pads = [1, 1, 1, 1], group = {groups}> (a, w2) y = Conv(g, w3)"
+    model = image_model(body, {"w1": w1, "b1": b1, "w2": w2, "w3": w3})
+    small = shrunk(model)
+    assert shapes(small)["w1"] == (first, 3, 1, 1)
+    assert shapes(small)["w2"] == second
+    assert operators(small).count("Pad") == appended
+    check_same(model, small, x=IMAGE)
+    assert shapes(shrunk(small)) == shapes(small)
+
+
 @pytest.mark.parametrize("pads", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolutions_carry_constants(pads: list[int], groups: int) -> None:

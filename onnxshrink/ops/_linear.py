@@ -136,7 +136,7 @@ class Linear:
         return np.ones(self._outputs(), np.bool_) if outputs is None else outputs
 
     def represent(self) -> list[Keep]:
-        """One constant channel per group that the others can be folded in, where a bias cannot stand for them."""
+        """One constant channel per block that the others can be folded in, where a bias cannot stand for them."""
         if not self.editable or (self.bias and not self.border):
             return []
         leaving, value = self._leaving()
@@ -151,12 +151,14 @@ class Linear:
         return [Keep(self.slot, self.axis, wanted, reason)]
 
     def _blocks(self, leaving: BoolArray) -> list[tuple[int, int]]:
-        size = self._channels() // self.groups
-        used = leaving.reshape(self.groups, -1).any(axis=1)
-        return [(int(g) * size, int(g + 1) * size) for g in np.flatnonzero(used)]
+        """First and last channel of the groups that lose some; joined groups count as one."""
+        blocks = self.view.blocks or self.groups
+        size = self._channels() // blocks
+        used = leaving.reshape(blocks, -1).any(axis=1)
+        return [(int(b) * size, int(b + 1) * size) for b in np.flatnonzero(used)]
 
     def _hosts(self, start: int, stop: int) -> BoolArray:
-        """Kept channels of one group that hold a constant other than zero."""
+        """Kept channels of one block that hold a constant other than zero."""
         mask, value = self.constants()
         hosts: BoolArray = np.asarray(mask & (value != 0) & self._kept())
         hosts[:start] = False

@@ -80,7 +80,7 @@ class Kernel:
         bias = self.view.input(2)
         constant = self.weights.constant is not None
         foldable = constant and (bias is None or bias.constant is not None)
-        extend = constant and self.groups == 1 and self.view.opset() >= 11
+        extend = constant and (self.view.blocks or self.groups) == 1 and self.view.opset() >= 11
         # What a constant adds through weights that are not known is not known either.
         framed = self.data.framed
         varies = self.border() or framed is not None or not (constant or self.weights.known.everything)
@@ -195,17 +195,16 @@ def _new_bias(kernel: Kernel, fold: Fold) -> Array:
 
 
 def _weights(kernel: Kernel, fold: Fold | None) -> Array:
-    """Weights with the channels of `fold` added to those that stand for them, then sliced group by group."""
+    """Weights with the channels of `fold` added to those that stand for them, then sliced block by block."""
     stored = kernel.weights.known.value
-    weights = kernel.canonical(stored)
-    if fold is not None:
-        weights = _collapsed(weights, fold)
     view = kernel.view
     rows, columns = view.kept[-1][1], view.kept[0][1]
     if rows is None or columns is None:
         raise RuleError("a convolution without static channels was sliced")
     blocks = view.blocks or kernel.groups
-    weights = _joined(weights, blocks)
+    weights = _joined(kernel.canonical(stored), blocks)
+    if fold is not None:
+        weights = _collapsed(weights, fold)
     rows, columns = rows.reshape(blocks, -1), columns.reshape(blocks, -1)
     if fold is not None and fold.appends:
         columns = np.concatenate([columns, np.ones((1, 1), np.bool_)], axis=1)
@@ -237,9 +236,9 @@ def _collapsed(weights: Array, fold: Fold) -> Array:
     if fold.appends:
         weights = np.concatenate([weights, np.zeros_like(weights[:, :, :1])], axis=2)
     for index, into, ratio in zip(fold.indices, fold.into, fold.values / fold.scale, strict=True):
-        group, column = divmod(int(index), size)
+        block, column = divmod(int(index), size)
         host = size if into == APPENDED else int(into) % size
-        weights[group, :, host] += weights[group, :, column] * ratio
+        weights[block, :, host] += weights[block, :, column] * ratio
     return weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -200,8 +201,8 @@ class Agreement(Sets):
     def view(self, node: Node) -> View:
         """The node with what it keeps now."""
         view = self._views.get(node.index)
-        if view is None:
-            view = self.analysis.view(node)
+        if view is None or view.blocks != self.blocks.get(node.index):
+            view = replace(self.analysis.view(node), blocks=self.blocks.get(node.index))
             self._views[node.index] = view
             view.free.update({slot: self.free.get(name, {}) for slot, name in enumerate(node.inputs)})
         view.kept.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 
@@ -182,7 +181,6 @@ class Planner(Agreement):
             plan.frozen[node.index] = self.frozen[node.index]
             if node.index in self.blocks:
                 plan.blocks[node.index] = self.blocks[node.index]
-                view = replace(view, blocks=self.blocks[node.index])
             plan.constants[node.index] = {
                 slot: view.kept[slot]
                 for slot in range(len(view.inputs))
