@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from onnxshrink.collector import paused
-from onnxshrink.derive import Sources
+from onnxshrink.derive import Results, Sources
 from onnxshrink.facts import Known, along, compress, everything
 from onnxshrink.families import endless, needed_by_relation, spoilt, whole
 from onnxshrink.graph import Graph, Node, Period, Shape
@@ -46,6 +46,7 @@ class Analysis:
         relations: per node index, how its axes hang together.
         refusals: nodes kept whole for want of a rule, with the reason.
         derived: names of constants that are computed from constants.
+        results: the elements of these.
         taken: indices of nodes whose outputs are constants although their inputs are not.
         shapes: shapes that are better known than by inference.
         throughout: indices of nodes with a partial function whose inputs are needed everywhere.
@@ -64,6 +65,7 @@ class Analysis:
     refusals: list[Refusal] = field(default_factory=list)
     constants: dict[str, Constant] = field(default_factory=dict)
     derived: set[str] = field(default_factory=set)
+    results: Results = field(default_factory=Results)
     throughout: set[int] = field(default_factory=set)
     shapes: dict[str, Shape] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
@@ -397,17 +399,24 @@ def _cannot_explode(inputs: list[Operand]) -> bool:
 
 
 def _evaluate_constants(analysis: Analysis, view: View) -> bool:
-    results = view.run([None if o is None else o.value() for o in view.inputs])
+    results = _run_on_values(view)
     if results is None:
         return False
-    values = iter(results)
-    for operand in view.outputs:
-        if operand is not None:
-            value = next(values)
-            value.setflags(write=False)
-            analysis.constants[operand.name] = Constant(operand.name, value.shape, value.dtype, partial(same, value))
-            analysis.derived.add(operand.name)
+    names = [operand.name for operand in view.outputs if operand is not None]
+    for index, (name, value) in enumerate(zip(names, results, strict=True)):
+        analysis.constants[name] = analysis.results.constant(name, value, partial(_run_again, view, index))
+        analysis.derived.add(name)
     return True
+
+
+def _run_on_values(view: View) -> list[Array] | None:
+    return view.run([None if operand is None else operand.value() for operand in view.inputs])
+
+
+def _run_again(view: View, index: int) -> Array:
+    results = _run_on_values(view)
+    assert results is not None  # it ran before
+    return results[index]
 
 
 def _backward(analysis: Analysis, node: Node) -> None:

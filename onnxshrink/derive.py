@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 
 from onnxshrink.graph import Graph, Node
 from onnxshrink.registry import find
+from onnxshrink.weights import Array, Constant, same
+
+_KEPT = 1 << 16  # bytes; smaller results are kept for good
+_ROOM = 1 << 27  # bytes of larger ones: those that were read last
+
+
+class Results:
+    """What nodes compute from constants. Large results are kept while there is room, and else computed again when read.
+
+    Where an exporter transposes each weight before its product, all of them together are as large as the model.
+    """
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[str, Array] = OrderedDict()
+
+    def constant(self, name: str, value: Array, compute: Callable[[], Array]) -> Constant:
+        """A computed tensor, given its elements now and how to compute them again."""
+        if value.nbytes <= _KEPT:
+            value.setflags(write=False)
+            return Constant(name, value.shape, value.dtype, partial(same, value))
+        self._remember(name, value)
+        return Constant(name, value.shape, value.dtype, partial(self._read, name, compute))
+
+    def _read(self, name: str, compute: Callable[[], Array]) -> Array:
+        found = self._recent.get(name)
+        return self._remember(name, compute() if found is None else found)
+
+    def _remember(self, name: str, value: Array) -> Array:
+        value.setflags(write=False)
+        self._recent[name] = value
+        self._recent.move_to_end(name)
+        # The last one always stays: a node may read it twice.
+        while len(self._recent) > 1 and sum(kept.nbytes for kept in self._recent.values()) > _ROOM:
+            self._recent.popitem(last=False)
+        return value
 
 
 class Sources:

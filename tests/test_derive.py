@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
+
 import numpy as np
 import onnx
+import pytest
 from models import build, check_same, dead, draw, operators, parameters, shapes, shrunk
 
+from onnxshrink import derive
 from onnxshrink.analyse import analyse
-from onnxshrink.derive import Sources
+from onnxshrink.derive import Results, Sources
 from onnxshrink.graph import Graph
+from onnxshrink.weights import Array, Constant
 
 SMALL = 64
 
@@ -84,3 +90,65 @@ def test_what_is_computed_from_a_weight_is_counted_where_the_graph_reads_it() ->
     assert Sources(Graph(standardised("t = Identity(w)"))).swells("n", SMALL)
     assert sources.behind("n", analyse(graph).derived) == {"w", "epsilon"}
     assert sources.behind("h", analyse(graph).derived) == set()
+
+
+# --- results that are kept, or computed again -----------------------------------------------------------------------
+
+
+class Computed:
+    """Constants of 800 bytes, and how often each was computed since it was made."""
+
+    def __init__(self) -> None:
+        self.results = Results()
+        self.times: Counter[str] = Counter()
+        self.made: dict[str, weakref.ref[Array]] = {}
+
+    def constant(self, name: str, number: int) -> Constant:
+        def compute() -> Array:
+            self.times[name] += 1
+            return np.full(100, number)
+
+        value = np.full(100, number)
+        self.made[name] = weakref.ref(value)
+        return self.results.constant(name, value, compute)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
+    """There is room for two."""
+    monkeypatch.setattr(derive, "_KEPT", 100)
+    monkeypatch.setattr(derive, "_ROOM", 1700)
+    # Nor does a constant keep them itself.
+    monkeypatch.setattr("onnxshrink.weights._SMALL", 100)
+    return Computed()
+
+
+def test_results_stay_while_there_is_room_and_are_computed_again_after(computed: Computed) -> None:
+    a, b, c = (computed.constant(name, number) for number, name in enumerate("abc"))
+    assert [name for name, found in computed.made.items() if found() is None] == ["a"]
+    assert b.array()[0] == 1
+    assert c.array()[0] == 2
+    assert not computed.times
+    assert [a.array()[0], a.array()[0]] == [0, 0]  # in the place of b, which was read before c
+    assert c.array()[0] == 2
+    assert b.array()[0] == 1
+    assert computed.times == {"a": 1, "b": 1}
+    assert not any(constant.array().flags.writeable for constant in (a, b, c))
+
+
+def test_the_last_result_stays_however_large(computed: Computed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derive, "_ROOM", 0)
+    a = computed.constant("a", 0)
+    assert [a.array()[0], a.array()[0]] == [0, 0]
+    assert not computed.times
+    b = computed.constant("b", 1)
+    assert [a.array()[0], a.array()[0], b.array()[0]] == [0, 0, 1]
+    assert computed.times == {"a": 1, "b": 1}
+
+
+def test_small_results_stay_for_good(computed: Computed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derive, "_KEPT", 800)
+    monkeypatch.setattr(derive, "_ROOM", 0)
+    constants = [computed.constant(name, number) for number, name in enumerate("abc")]
+    assert [constant.array()[0] for constant in constants] == [0, 1, 2]
+    assert not computed.times

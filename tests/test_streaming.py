@@ -13,7 +13,7 @@ import pytest
 from models import build, draw
 
 import onnxshrink
-from onnxshrink import weights
+from onnxshrink import derive, weights
 from onnxshrink.reading import read_model
 from onnxshrink.weights import Array
 
@@ -107,3 +107,35 @@ def test_no_weight_is_gone_through_more_than_twice(path: Path, reader: Reader) -
     large = {name: reader.scans[name] for name in LARGE}
     assert large == dict.fromkeys(LARGE, 2)
     assert {name: reader.looks[name] for name in LARGE} == {"table": 1, "w1": 0, "w2": 1, "w3": 0, "w4": 1}
+
+
+def with_transposed_weights() -> onnx.ModelProto:
+    """Each matrix is stored the other way round and transposed before its product, as PyTorch's exporter writes it."""
+    model = transformer_like()
+    for tensor in model.graph.initializer:
+        if tensor.name in LARGE[1:]:
+            turned = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor).T)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(turned, tensor.name))
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type == "MatMul":
+            model.graph.node.append(onnx.helper.make_node("Transpose", [node.input[1]], [f"{node.input[1]}_turned"]))
+            node.input[1] += "_turned"
+        model.graph.node.append(node)
+    return model
+
+
+def test_weights_that_are_transposed_first_are_not_all_held(
+    path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is transposed to be looked through, and again to be written; once more where constants are folded."""
+    expected = onnxshrink.shrink(with_transposed_weights(), align="none").model
+    source = save_external(with_transposed_weights(), path.with_name("turned.onnx"))
+    monkeypatch.setattr(derive, "_KEPT", 1 << 10)
+    monkeypatch.setattr(derive, "_ROOM", 0)
+    monkeypatch.setattr(weights, "_SMALL", 1 << 10)
+    output = path.with_name("out.onnx")
+    onnxshrink.shrink(source, output=output, verify=False, align="none")
+    assert {name: reader.looks[name] for name in LARGE} == {"table": 1, "w1": 2, "w2": 3, "w3": 2, "w4": 3}
+    assert read_model(output)[0].whole() == expected
