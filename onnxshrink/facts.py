@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,14 @@ class Known:
 
     def zero(self) -> BoolArray:
         """Elements known to be zero."""
-        return np.asarray(self.mask & (self.value == 0))
+        return self._zero
+
+    @cached_property
+    def _zero(self) -> BoolArray:
+        # The values may be those of a large weight, and are asked about again and again.
+        found = np.asarray(self.mask & (self.value == 0))
+        found.setflags(write=False)
+        return found
 
     def nonzero(self) -> BoolArray:
         """Elements known to be a value other than zero."""

@@ -42,6 +42,12 @@ def test_zero_and_nonzero_hold_where_something_is_known_only() -> None:
     assert known.nonzero().tolist() == [False, False, True]
 
 
+def test_zeros_are_looked_for_once() -> None:
+    known = constant(np.array([0.0, 1.0]))
+    assert known.zero() is known.zero()
+    assert not known.zero().flags.writeable
+
+
 def test_a_value_that_is_not_a_number_is_known_and_not_zero() -> None:
     known = constant(np.array([np.nan]))
     assert not known.zero().any()
