@@ -128,7 +128,7 @@ def make_node_table(smoke: bool, folder: Path) -> Table:
         table.add_column(heading, justify="right" if heading else "left")
     makers = {"residual convolutions": convolutional, "transformer": deep_transformer}
     for name, make in makers.items():
-        for nodes in (50, 150) if smoke else (1_000, 3_000, 10_000):
+        for nodes in (50, 150) if smoke else (2_500, 5_000, 10_000):
             path = folder / "model.onnx"
             model = make(nodes)
             onnx.save(model, path)
@@ -241,7 +241,7 @@ def run(smoke: bool, gigabytes: float) -> int:
             console.print(make(smoke, Path(folder)))
     with tempfile.TemporaryDirectory() as folder:
         console.print(make_external_table(smoke, Path(folder), gigabytes))
-    models = files(smoke) | {"deep residual": lambda: convolutional(50 if smoke else 3_000)}
+    models = files(smoke) | {"deep residual": lambda: convolutional(50 if smoke else 2_500)}
     for name, drawn in models.items():
         with tempfile.TemporaryDirectory() as folder:
             console.print(make_profile(name, drawn(), Path(folder)))

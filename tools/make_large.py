@@ -1,4 +1,4 @@
-"""Writes large models to measure with: `python tools/make_large.py KIND OUT.onnx [--nodes N] [--gigabytes G]`.
+"""Writes large models to measure with: `python tools/make_large.py KIND OUT.onnx [options]`.
 
     cnn            a residual network of many small convolutions, `--nodes` nodes
     transformer    many small encoder layers, `--nodes` nodes, batch and sequence free
@@ -7,7 +7,8 @@
 
 Weights are random. In every layer half of the inner units (and half of the attention's heads) are dead: what computes
 them is zero. The bias of every other dead feed-forward unit stays, so that constants have to be folded. Weights of
-`external` are written one at a time: the file may be larger than the memory.
+`external` are written one at a time: the file may be larger than the memory. With `--transposed`, its matrices are
+stored the other way round and transposed before each product, as PyTorch's exporter writes large layers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,17 @@ def _normed(net: Drawing, x: str, dead: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A transformer's encoder: its layers, and extents of its stream, heads, feed-forward layers and vocabulary."""
+    """A transformer's encoder: its layers, and extents of its stream, heads, feed-forward layers and vocabulary.
+
+    `transposed`: matrices are stored the other way round, and transposed before each product.
+    """
 
     layers: int
     width: int
     heads: int
     inner: int
     vocabulary: int
+    transposed: bool = False
 
 
 def encoder(shape: Encoder, store: Store = numpy_helper.from_array) -> onnx.ModelProto:
@@ -131,8 +136,12 @@ def _layer_norm(net: Drawing, x: str, width: int) -> str:
     return net.node("LayerNormalization", [x, net.weight(gain), net.weight(shift)], axis=-1)
 
 
-def _linear(net: Drawing, x: str, weights: np.ndarray, bias: np.ndarray) -> str:
-    return net.node("Add", [net.node("MatMul", [x, net.weight(weights)]), net.weight(bias)])
+def _linear(net: Drawing, shape: Encoder, x: str, weights: np.ndarray, bias: np.ndarray) -> str:
+    if shape.transposed:
+        matrix = net.node("Transpose", [net.weight(np.ascontiguousarray(weights.T))], perm=[1, 0])
+    else:
+        matrix = net.weight(weights)
+    return net.node("Add", [net.node("MatMul", [x, matrix]), net.weight(bias)])
 
 
 def _attention(net: Drawing, shape: Encoder, x: str) -> str:
@@ -144,14 +153,14 @@ def _attention(net: Drawing, shape: Encoder, x: str) -> str:
         weights, bias = net.normal(width, width, scale=width**-0.5), net.normal(width, scale=0.1)
         if part == "value":
             weights[:, dead], bias[dead] = 0, 0
-        y = net.node("Reshape", [_linear(net, x, weights, bias), split])
+        y = net.node("Reshape", [_linear(net, shape, x, weights, bias), split])
         parts.append(net.node("Transpose", [y], perm=order))
     query, key, value = parts
     scores = net.node("Mul", [net.node("MatMul", [query, key]), net.weight(np.array(size**-0.5, np.float32))])
     mixed = net.node("MatMul", [net.node("Softmax", [scores], axis=-1), value])
     merge = net.weight(np.array([0, 0, width], np.int64))
     y = net.node("Reshape", [net.node("Transpose", [mixed], perm=[0, 2, 1, 3]), merge])
-    return _linear(net, y, net.normal(width, width, scale=0.3 * width**-0.5), net.normal(width, scale=0.1))
+    return _linear(net, shape, y, net.normal(width, width, scale=0.3 * width**-0.5), net.normal(width, scale=0.1))
 
 
 def _feed_forward(net: Drawing, shape: Encoder, x: str, biased: bool) -> str:
@@ -161,8 +170,8 @@ def _feed_forward(net: Drawing, shape: Encoder, x: str, biased: bool) -> str:
     weights[:, dead] = 0
     if not biased:
         bias[dead] = 0
-    y = _gelu(net, _linear(net, x, weights, bias))
-    return _linear(net, y, net.normal(inner, width, scale=0.3 * inner**-0.5), net.normal(width, scale=0.1))
+    y = _gelu(net, _linear(net, shape, x, weights, bias))
+    return _linear(net, shape, y, net.normal(inner, width, scale=0.3 * inner**-0.5), net.normal(width, scale=0.1))
 
 
 def _gelu(net: Drawing, x: str) -> str:
@@ -222,9 +231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, metavar="OUT.onnx")
     parser.add_argument("--nodes", type=int, default=10_000, help="about how many nodes (10,000)")
     parser.add_argument("--gigabytes", type=float, default=3.0, help="about how large (3)")
+    parser.add_argument("--transposed", action="store_true", help="of external, transpose each matrix before its use")
     arguments = parser.parse_args(argv)
     if arguments.kind == "external":
-        write_external(arguments.output, wide(arguments.gigabytes))
+        write_external(arguments.output, replace(wide(arguments.gigabytes), transposed=arguments.transposed))
         return 0
     makers: dict[str, Callable[[], onnx.ModelProto]] = {
         "cnn": lambda: convolutional(arguments.nodes),
