@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxshrink.collector import paused
 from onnxshrink.derive import Results, Sources
-from onnxshrink.facts import Known, along, compress, everything
+from onnxshrink.facts import Known, Line, along, compress, everything
 from onnxshrink.families import endless, needed_by_relation, spoilt, whole
 from onnxshrink.graph import Graph, Node, Period, Shape
 from onnxshrink.notation import Relation, UnresolvedError, opaque
@@ -54,6 +54,7 @@ class Analysis:
         blind: per tensor, the axis along which one number may be added to all elements, and nobody would notice.
         infinite: per tensor, elements that may be minus infinity by design; absent: none.
         framed: per tensor, elements that hold one value but for a frame of zeros; absent: none.
+        lines: per tensor, indices of an axis that all follow one number per position; absent: none.
         lookup: finds the rule of a node.
     """
 
@@ -73,6 +74,7 @@ class Analysis:
     blind: dict[str, int | None] = field(default_factory=dict)
     infinite: dict[str, BoolArray] = field(default_factory=dict)
     framed: dict[str, Known] = field(default_factory=dict)
+    lines: dict[str, Line] = field(default_factory=dict)
     lookup: Lookup = rule_of
 
     @cached_property
@@ -125,7 +127,8 @@ class Analysis:
             return Operand(name, weights.shape, weights.dtype, constant=weights)
         shape, dtype = self.shape(name), self.graph.dtype(name)
         unit, infinite, framed = self.unit.get(name), self.infinite.get(name), self.framed.get(name)
-        return Operand(name, shape, dtype, self.known.get(name), unit=unit, infinite=infinite, framed=framed)
+        line = self.lines.get(name)
+        return Operand(name, shape, dtype, self.known.get(name), None, unit, infinite, framed, line)
 
 
 Note = Callable[[Analysis, View, "Rule | None"], None]
@@ -251,11 +254,20 @@ def forward(analysis: Analysis, node: Node, note: Note | None = None) -> None:
     if rule is None:
         analysis.refusals.append(Refusal(node.label, node.op, reason))
     (note or _note_facts)(analysis, replace(view, relation=relation), rule)
-    framed = rule.frame(analysis.view(node)) if rule is not None and rule.frame is not None else None
-    if framed is not None:
-        analysis.framed[node.outputs[0]] = framed
+    if rule is not None:
+        _note_patterns(analysis, analysis.view(node), rule)
     if rule is not None and not rule.decodes:
         _take_for_constants(analysis, node)
+
+
+def _note_patterns(analysis: Analysis, view: View, rule: Rule) -> None:
+    """Frames and lines of the first output: they follow from the facts that are noted already."""
+    framed = rule.frame(view) if rule.frame is not None else None
+    if framed is not None:
+        analysis.framed[view.node.outputs[0]] = framed
+    line = rule.line(view) if rule.line is not None else None
+    if line is not None and line.others.any():
+        analysis.lines[view.node.outputs[0]] = line
 
 
 def _note_facts(analysis: Analysis, view: View, rule: Rule | None) -> None:

@@ -58,6 +58,35 @@ class Known:
         return np.asarray(self.mask & (self.value != 0))
 
 
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Indices of one axis that all follow one number per position: `slope * number + offset`.
+
+    Attributes:
+        axis: the axis.
+        mask: the indices, as a vector of the axis.
+        slope: per index; not zero where `mask` is set.
+        offset: per index.
+    """
+
+    axis: int
+    mask: BoolArray
+    slope: Array
+    offset: Array
+
+    @property
+    def host(self) -> int:
+        """The index that can stand for the others with the least loss."""
+        return int(np.where(self.mask, np.abs(self.slope), 0.0).argmax())
+
+    @property
+    def others(self) -> BoolArray:
+        """All of the indices but the host."""
+        found: BoolArray = self.mask.copy()
+        found[self.host] = False
+        return found
+
+
 def nothing(rank: int, dtype: np.dtype[Any] | None) -> Known:
     """No knowledge of a tensor of this rank."""
     return Known(np.zeros((1,) * rank, np.bool_), np.zeros((1,) * rank, dtype or np.float32))

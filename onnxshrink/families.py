@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
 
-from onnxshrink.facts import Known, along, everything, nothing, partial
+from onnxshrink.facts import Known, Line, along, everything, nothing, partial
 from onnxshrink.notation import Relation, transfer
 from onnxshrink.view import Operand, View
 from onnxshrink.weights import Array, BoolArray, any_along
@@ -335,6 +336,13 @@ def unit_moves(view: View) -> int | None:
     """Where elements only change place, the axis along which they sum to one."""
     unit = view.data().unit
     return same_axis(view, 0, unit, -1) if unit is not None else None
+
+
+def line_moves(view: View) -> Line | None:
+    """Where elements only change place, indices that follow one number per position go on doing so."""
+    line = view.data().line
+    axis = same_axis(view, 0, line.axis, -1) if line is not None else None
+    return replace(line, axis=axis) if line is not None and axis is not None else None
 
 
 def blind_moves(view: View) -> dict[int, int]:

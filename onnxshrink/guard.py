@@ -29,15 +29,19 @@ class _RuleFailure(Exception):  # noqa: N818 - never seen outside
 
 
 def despite_faults(lookup: Lookup, run: Callable[[Lookup], T]) -> T:
-    """What `run` returns with rules from `lookup`, once more without a rule for each node where one fails."""
+    """What `run` returns with rules from `lookup`, once more without a rule for each node where one fails.
+
+    A rule that fails twice is not asked again.
+    """
     guarded = _Guarded(lookup)
     while True:
         try:
             return run(guarded)
         except _RuleFailure as failure:
-            node = failure.node
-            guarded.failed[node.index] = str(failure)
-            warnings.warn(f"{node.op} {node.label!r} is kept whole: {failure}", RuleWarning, stacklevel=2)
+            guarded.give_up(failure)
+            warnings.warn(
+                f"{failure.node.op} {failure.node.label!r} is kept whole: {failure}", RuleWarning, stacklevel=2
+            )
 
 
 @dataclass
@@ -45,16 +49,27 @@ class _Guarded:
     """A lookup of rules whose unforeseen errors name the node."""
 
     lookup: Lookup
-    failed: dict[int, str] = field(default_factory=dict)
+    _failed: dict[int | Rule, str] = field(default_factory=dict)
+    _nodes: list[Node] = field(default_factory=list)
     _rules: dict[Rule, Rule] = field(default_factory=dict)
 
     def __call__(self, node: Node) -> Rule | None:
-        if node.index in self.failed:
-            return Rule(node.op, node.domain, refusal=self.failed[node.index])
         rule = self.lookup(node)
-        if rule is not None and rule not in self._rules:
+        if rule is None:
+            return None
+        reason = self._failed.get(node.index, self._failed.get(rule))
+        if reason is not None:
+            return Rule(node.op, node.domain, refusal=reason)
+        if rule not in self._rules:
             self._rules[rule] = _guarded(rule)
-        return None if rule is None else self._rules[rule]
+        return self._rules[rule]
+
+    def give_up(self, failure: _RuleFailure) -> None:
+        """Ask the rule no more: at this node, or at any where it has failed before."""
+        rule = self.lookup(failure.node)
+        again = rule is not None and any(self.lookup(node) is rule for node in self._nodes)
+        self._failed[rule if again and rule is not None else failure.node.index] = str(failure)
+        self._nodes.append(failure.node)
 
 
 def _guarded(rule: Rule) -> Rule:

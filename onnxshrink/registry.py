@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from onnxshrink.errors import RuleError
-from onnxshrink.facts import Known
+from onnxshrink.facts import Known, Line
 from onnxshrink.graph import Node
 from onnxshrink.notation import Relation, resolve
 from onnxshrink.view import Fold, View
@@ -73,6 +73,8 @@ Unit = Callable[[View], "int | None"]
 Blind = Callable[[View], Mapping[int, int]]
 Infinite = Callable[[View], "list[BoolArray | None]"]
 Frame = Callable[[View], "Known | None"]
+LineFunction = Callable[[View], "Line | None"]
+Slots = Callable[[View], "tuple[int, ...]"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,9 @@ class Rule:
         frame: what the first output holds but for a frame of zeros, where the operator moves every channel (axis 1) of
             its first input alike, and puts zeros around: a known element holds its value times the image of a one.
         framed: inputs of which constants within such a frame are folded as those without are.
+        line: indices of one axis of the first output that all follow one number per position.
+        lined: inputs of which such indices may leave but for one, which stands for them.
+        plain: the rule for a node that must stay one node, with its inputs and outputs as they are; None: this one.
         refusal: why the operator is kept whole.
         named: whether a model-local function of that name stays a function for this rule, and is not inlined.
         unproven: what the rule rests on, where that is not the operator's specification; the result is then compared
@@ -125,6 +130,9 @@ class Rule:
     infinite: Infinite | None = None
     frame: Frame | None = None
     framed: tuple[int, ...] = ()
+    line: LineFunction | None = None
+    lined: Slots | None = None
+    plain: Rule | None = None
     refusal: str | None = None
     named: bool = False
     unproven: str = ""
@@ -193,6 +201,12 @@ Lookup = Callable[[Node], "Rule | None"]
 def rule_of(node: Node) -> Rule | None:
     """The rule of a node, None when there is none."""
     return find(node.op, node.domain, node.version)
+
+
+def plain_rule_of(node: Node) -> Rule | None:
+    """The rule of a node that must stay one node, with its inputs and outputs as they are."""
+    rule = rule_of(node)
+    return rule.plain or rule if rule is not None else None
 
 
 def rules() -> list[Rule]:

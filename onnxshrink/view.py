@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxshrink.evaluate import evaluate
-from onnxshrink.facts import Known, along, constant, everything, nothing
+from onnxshrink.facts import Known, Line, along, constant, everything, nothing
 from onnxshrink.graph import Node, Period, Shape
 from onnxshrink.notation import Relation
 from onnxshrink.weights import Array, BoolArray, Constant
@@ -23,6 +23,7 @@ class Operand:
         unit: axis along which the elements sum to one, as a softmax's do.
         infinite: elements that may be minus infinity by design, as in a mask; compressed; None: none.
         framed: elements that hold one value but for a frame of zeros, which is the same for all of them; None: none.
+        line: indices of an axis that all follow one number per position; None: none.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Operand:
     unit: int | None = None
     infinite: BoolArray | None = None
     framed: Known | None = None
+    line: Line | None = None
 
     @property
     def known(self) -> Known:
@@ -89,6 +91,7 @@ class Fold:
         into: index that stays and takes their contribution, one per entry of `indices`; `APPENDED`: a channel of ones
             that is appended to the input; None: folded in a bias.
         scale: value of the index that takes them, one per entry.
+        offsets: what goes into a bias besides, one per entry; None: nothing.
     """
 
     axis: int
@@ -96,6 +99,12 @@ class Fold:
     values: Array
     into: Array | None = None
     scale: Array | None = None
+    offsets: Array | None = None
+
+    @property
+    def biases(self) -> Array | None:
+        """What is added to a bias, times the weights of each index; None: nothing."""
+        return self.values if self.into is None else self.offsets
 
     @property
     def appends(self) -> bool:

@@ -320,6 +320,25 @@ def mixer(builder: Builder) -> None:
     builder.one("Add", [x, builder.one("MatMul", [y, builder.constant(second)])])
 
 
+@step(5)
+def norm_first(builder: Builder) -> None:
+    """A LayerNorm behind a product with dead columns, and products or something else behind it."""
+    x = builder.pick(lambda t: t.rank >= 2 and t.fixed(t.rank - 1) and builder.opset >= 17)
+    width = builder.integer(4, 8)
+    made = builder.deaden(builder.values([x.shape[-1], width], 0.5), 1, 60)
+    y = builder.one("MatMul", [x, builder.constant(made)], keep=builder.chance(20))
+    scale = builder.constant(builder.deaden(builder.values([width], 0.5) + 1, 0, 20))
+    shift = [builder.constant(builder.deaden(builder.values([width]), 0, 30))] if builder.chance(80) else []
+    y = builder.one("LayerNormalization", [y, scale, *shift], keep=builder.chance(30), epsilon=1e-3)
+    if builder.chance(20):
+        y = builder.one("Transpose", [y], perm=[*reversed(range(y.rank - 1)), y.rank - 1])
+    for _ in range(builder.integer(1, 2)):
+        outputs = builder.deaden(builder.values([width, builder.integer(2, 6)], 0.5), builder.integer(0, 1))
+        z = builder.one("MatMul", [y, builder.constant(outputs)])
+        if builder.chance(40):
+            builder.one("Add", [z, builder.constant(builder.values([z.shape[-1]]))])
+
+
 @step(4)
 def attention(builder: Builder) -> None:
     """Queries, keys and values of one or two heads over the last two axes of a `[batch, time, width]` tensor."""

@@ -77,3 +77,13 @@ def test_errors_that_are_told_on_purpose_are_passed_on() -> None:
 
     with pytest.raises(onnxshrink.InputError, match="no such input"):
         despite_faults(rule_of, run)
+
+
+@pytest.mark.parametrize("softsign", ["forward"], indirect=True)
+def test_a_rule_that_fails_twice_is_not_asked_again(softsign: str) -> None:
+    body = " ".join(f"h{i + 1} = Softsign(h{i})" for i in range(6))
+    deep = build(f"g (float[N, 3] x) => (float[N, 3] y) {{ h0 = Identity(x) {body} y = MatMul(h6, w) }}", w=draw(3, 3))
+    with pytest.warns(RuleWarning) as caught:
+        result = onnxshrink.shrink(deep, align="none")
+    assert len(caught) == 2
+    assert [len(refusal.nodes) for refusal in result.report.refusals] == [6]

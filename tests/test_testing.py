@@ -12,7 +12,7 @@ import pytest
 from models import Array, build, dead, draw
 
 from onnxshrink import registry
-from onnxshrink.facts import Known, everything, partial, uniform
+from onnxshrink.facts import Known, Line, everything, partial, uniform
 from onnxshrink.notation import resolve
 from onnxshrink.registry import Rewrite
 from onnxshrink.testing import (
@@ -159,6 +159,22 @@ def test_wrong_frames_are_objected_to(plant: Plant, reason: str, op: str) -> Non
         check_forward(model, image())
     with pytest.raises(RuleViolation):
         check_shrink(model, image())
+
+
+def same_slopes(view: View) -> Line:
+    """Zeros that are said to become one number, whatever their scales are."""
+    zero = view.data().known.zero().reshape(-1)
+    return Line(1, zero, np.ones(zero.size), np.zeros(zero.size))
+
+
+def test_wrong_lines_are_objected_to(plant: Plant) -> None:
+    plant("LayerNormalization", line=same_slopes)
+    text = "g (float[2, 3] x) => (float[2, 2] z) { h = MatMul(x, v) n = LayerNormalization(h, s) z = MatMul(n, w) }"
+    model = build(text, v=dead(draw(3, 6), 1, 2, axis=1), s=draw(6), w=draw(6, 2))
+    with pytest.raises(RuleViolation, match="claimed to follow another one"):
+        check_forward(model, {"x": draw(2, 3)})
+    with pytest.raises(RuleViolation):
+        check_shrink(model, {"x": draw(2, 3)})
 
 
 def test_a_fact_of_another_rank_is_objected_to(plant: Plant) -> None:

@@ -38,7 +38,9 @@ attributes or weights*: what must be rewritten when an axis shrinks. *takes comp
 the same along an axis may have one element there. *not finite everywhere*: infinite or no result for some inputs, so
 that its inputs are never made up. *may sum to one*: along one axis, so that equal values weighed by it come out as
 they went in. *may frame constants in zeros*: the same frame for every channel, behind which one channel stands for the
-others. *may be shifted*: one number added along an axis of its input is lost in it, or comes out added."""
+others. *may be shifted*: one number added along an axis of its input is lost in it, or comes out added. *may follow one
+number*: some of its channels are multiples of one number per position, each with its own offset. *lets one channel
+follow for others*: of such channels of its input, one may stay and stand for all."""
 _TRAITS = {
     "forward": "own constants",
     "backward": "own needs",
@@ -49,6 +51,8 @@ _TRAITS = {
     "unit": "may sum to one",
     "frame": "may frame constants in zeros",
     "blind": "may be shifted",
+    "line": "may follow one number",
+    "lined": "lets one channel follow for others",
 }
 
 

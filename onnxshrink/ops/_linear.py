@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxshrink.facts import Known, along, uniform
+from onnxshrink.facts import Known, Line, along, uniform
 from onnxshrink.pattern import Pattern
 from onnxshrink.registry import Keep
 from onnxshrink.view import APPENDED, Fold, View, vector
@@ -47,6 +47,13 @@ class Linear:
     editable: bool = True
     extend: bool = False
     framed: Known | None = None
+
+    @property
+    def line(self) -> Line | None:
+        """Channels that follow one number per position, where all but one can be folded in that one and a bias."""
+        line = self.view.data(self.slot).line
+        fits = line is not None and line.axis == self.axis and self.groups == 1
+        return line if fits and self.bias and self.editable and not self.border else None
 
     @property
     def groups(self) -> int:
@@ -118,11 +125,19 @@ class Linear:
         mask, _ = self.constants()
         wanted = self.needed_channels(self.live_outputs()) & ~mask
         wanted |= self._varying() & ~mask & self.needed_channels(self._kept_outputs())
+        if self.line is not None:
+            wanted &= ~self.line.others
+            wanted[self.line.host] |= bool(self._following().any())
         keeps = [Keep(self.slot, self.axis, wanted, "its value is constant but not the same at every position")]
         if not self.editable:
             leaving, _ = self._leaving()
             keeps.append(Keep(self.slot, self.axis, leaving, "its constant cannot be folded: the weights are computed"))
         return keeps
+
+    def _following(self) -> BoolArray:
+        """Channels of the line that leave although kept outputs depend on them; another one stands for them."""
+        assert self.line is not None
+        return np.asarray(self.line.others & ~self._kept() & self.needed_channels(self._kept_outputs()))
 
     def _varying(self) -> BoolArray:
         """Channels with a known element other than zero."""
@@ -168,6 +183,8 @@ class Linear:
     def fold(self) -> Mapping[int, Fold]:
         """The constants that leave, and where they go."""
         leaving, value = self._leaving()
+        if self.line is not None and self._following().any():
+            return {self.slot: self._fold_line(self.line, leaving, value)}
         indices = np.flatnonzero(leaving)
         if not indices.size:
             return {}
@@ -182,6 +199,36 @@ class Linear:
                 block = (indices >= start) & (indices < stop)
                 into[block], scale[block] = best, float(value[best])
         return {self.slot: Fold(self.axis, indices, values, into, scale)}
+
+    def _fold_line(self, line: Line, leaving: BoolArray, value: Array) -> Fold:
+        """Constants go to the bias; of the others, a multiple of the host's channel and the rest to the bias."""
+        following = self._following()
+        indices = np.flatnonzero(leaving | following)
+        slopes = np.where(following, line.slope, 0.0)
+        rests = line.offset - line.offset[line.host] * slopes / line.slope[line.host]
+        offsets = np.where(following, rests, value.astype(np.float64))[indices]
+        return Fold(
+            self.axis,
+            indices,
+            slopes[indices],
+            into=np.full_like(indices, line.host),
+            scale=np.full(indices.size, line.slope[line.host]),
+            offsets=offsets if offsets.any() else None,
+        )
+
+
+def lined(linear: Linear | None) -> tuple[int, ...]:
+    """The input of which channels that follow one number per position may leave."""
+    return (linear.slot,) if linear is not None and linear.line is not None else ()
+
+
+def collapsed(weights: Array, fold: Fold) -> Array:
+    """`[out, in]` in double precision, the columns of a fold added to those that stand for them."""
+    assert fold.into is not None
+    assert fold.scale is not None
+    whole = weights.astype(np.float64)
+    np.add.at(whole.T, fold.into, (whole[:, fold.indices] * (fold.values / fold.scale)).T)
+    return whole
 
 
 def known_result(

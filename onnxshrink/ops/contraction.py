@@ -8,7 +8,7 @@ import numpy as np
 
 from onnxshrink.facts import Known, along, everything, partial, uniform
 from onnxshrink.notation import Relation, UnresolvedError, resolve
-from onnxshrink.ops._linear import Linear
+from onnxshrink.ops._linear import Linear, collapsed, lined
 from onnxshrink.pattern import Pattern, collect
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import Fold, Operand, View
@@ -279,19 +279,33 @@ def _matmul_fold(view: View) -> Mapping[int, Fold]:
     return linear.fold() if linear is not None else {}
 
 
+def _matmul_lined(view: View) -> tuple[int, ...]:
+    return lined(matmul_linear(view))
+
+
 def _matmul_rewrite(view: View) -> Rewrite:
-    for slot, fold in view.folds.items():
-        other = 1 - slot
-        weights = view.data(other).known.value
-        if slot == 0:
-            offset = fold.values @ weights[fold.indices].astype(np.float64)
-        else:
-            offset = (weights[:, fold.indices].astype(np.float64) @ fold.values)[:, None]
-        axis = view.output().rank - (1 if slot == 0 else 2)
-        kept = view.kept[-1][axis]
-        offset = offset.compress(kept, axis=0) if kept is not None else offset
-        return Rewrite(add=offset.astype(view.output().dtype))
-    return Rewrite()
+    return next((_matmul_folded(view, slot, fold) for slot, fold in view.folds.items()), Rewrite())
+
+
+def _matmul_folded(view: View, slot: int, fold: Fold) -> Rewrite:
+    constants = {} if fold.into is None else {1 - slot: lambda: _collapsed(view, slot, fold)}
+    if fold.biases is None:
+        return Rewrite(constants)
+    weights = view.data(1 - slot).known.value
+    offset = (weights.T if slot == 0 else weights)[:, fold.indices].astype(np.float64) @ fold.biases
+    kept = view.kept[-1][view.output().rank - (1 if slot == 0 else 2)]
+    offset = offset.compress(kept, axis=0) if kept is not None else offset
+    return Rewrite(constants, add=(offset if slot == 0 else offset[:, None]).astype(view.output().dtype))
+
+
+def _collapsed(view: View, slot: int, fold: Fold) -> Array:
+    """Weights with the lines of `fold` added to those that stand for them, then sliced."""
+    weights = view.data(1 - slot).known.value
+    whole = collapsed(weights.T if slot == 0 else weights, fold)
+    rows, columns = view.kept[-1][view.output().rank - (1 if slot == 0 else 2)], view.kept[slot][fold.axis]
+    whole = whole if rows is None else whole[rows]
+    whole = (whole if columns is None else whole[:, columns]).astype(weights.dtype)
+    return np.ascontiguousarray(whole.T if slot == 0 else whole)
 
 
 register(
@@ -302,6 +316,7 @@ register(
         backward=_matmul_backward,
         retain=_matmul_retain,
         fold=_matmul_fold,
+        lined=_matmul_lined,
         rewrite=_matmul_rewrite,
     )
 )

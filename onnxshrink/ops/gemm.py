@@ -8,7 +8,7 @@ import numpy as np
 
 from onnxshrink.facts import Known, along, partial
 from onnxshrink.notation import Relation, resolve
-from onnxshrink.ops._linear import Linear
+from onnxshrink.ops._linear import Linear, collapsed, lined
 from onnxshrink.ops.contraction import Product, reduce_to
 from onnxshrink.registry import Keep, Rewrite, Rule, register
 from onnxshrink.view import Fold, View
@@ -92,14 +92,25 @@ def _columns(view: View, indices: Array) -> Array:
     return part.astype(np.float64)
 
 
+def _gemm_lined(view: View) -> tuple[int, ...]:
+    return lined(gemm_linear(view))
+
+
 def _gemm_rewrite(view: View) -> Rewrite:
     fold = view.folds.get(0)
     if fold is None:
         return Rewrite()
-    if fold.into is not None:
-        return Rewrite(constants={1: lambda: _collapsed(view, fold)})
+    weights = {} if fold.into is None else {1: lambda: _collapsed(view, fold)}
+    if fold.biases is None:
+        return Rewrite(constants=weights)
+    offset, attributes = _new_bias(view, _columns(view, fold.indices) @ fold.biases)
+    return Rewrite(constants=weights | {2: offset}, attributes=attributes)
+
+
+def _new_bias(view: View, offset: Array) -> tuple[Array, dict[str, float]]:
+    """The bias with something added, and the attributes that go with it."""
     alpha, beta = _scalars(view)
-    offset = alpha * (_columns(view, fold.indices) @ fold.values)
+    offset = alpha * offset
     bias = view.input(2)
     if bias is not None and beta != 0:
         offset = offset / beta + bias.known.value.astype(np.float64)
@@ -109,18 +120,14 @@ def _gemm_rewrite(view: View) -> Rewrite:
     rows = view.kept[-1][0]
     if offset.ndim == 2 and rows is not None and offset.shape[0] == rows.size:
         offset = offset.compress(rows, axis=0)
-    attributes = {} if bias is not None and beta != 0 else {"beta": 1.0}
-    return Rewrite(constants={2: offset.astype(view.output().dtype)}, attributes=attributes)
+    return offset.astype(view.output().dtype), {} if bias is not None and beta != 0 else {"beta": 1.0}
 
 
 def _collapsed(view: View, fold: Fold) -> Array:
     """Weights with the columns of `fold` added to those that stand for them, then sliced."""
-    assert fold.into is not None
-    assert fold.scale is not None
     transposed = _transposed(view)[1]
     weights = view.data(1).known.value
-    whole = (weights if transposed else weights.T).astype(np.float64)
-    np.add.at(whole.T, fold.into, (whole[:, fold.indices] * (fold.values / fold.scale)).T)
+    whole = collapsed(weights if transposed else weights.T, fold)
     rows, columns = view.kept[-1][1], view.kept[0][fold.axis]
     assert rows is not None
     assert columns is not None
@@ -138,6 +145,7 @@ register(
         retain=_gemm_retain,
         represent=_gemm_represent,
         fold=_gemm_fold,
+        lined=_gemm_lined,
         rewrite=_gemm_rewrite,
     )
 )

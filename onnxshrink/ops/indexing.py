@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from onnxshrink.facts import Known, everything, partial, uniform
-from onnxshrink.families import hull, partial_in, whole
+from onnxshrink.families import hull, line_moves, partial_in, whole
 from onnxshrink.notation import Relation, opaque, resolve
 from onnxshrink.registry import Forward, Keep, Rewrite, Rule, register
 from onnxshrink.view import View
@@ -198,6 +198,7 @@ register(
         "Gather",
         relate=_gather,
         forward=_gather_forward,
+        line=line_moves,
         backward=_gather_backward,
         partial=(1,),
         retain=_gather_retain,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnxshrink.facts import Known, along, partial
-from onnxshrink.families import infinite_moves, layout
+from onnxshrink.families import infinite_moves, layout, line_moves
 from onnxshrink.graph import Shape
 from onnxshrink.notation import Link, Relation, UnresolvedError, resolve
 from onnxshrink.ops.layout import shape_of, with_other_inputs
@@ -269,5 +269,6 @@ register(
         retain=_slice_retain,
         rewrite=_slice_rewrite,
         infinite=infinite_moves,
+        line=line_moves,
     )
 )

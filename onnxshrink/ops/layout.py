@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxshrink.facts import Known, along
-from onnxshrink.families import blind_moves, infinite_moves, layout, unit_moves
+from onnxshrink.families import blind_moves, infinite_moves, layout, line_moves, unit_moves
 from onnxshrink.graph import Shape
 from onnxshrink.notation import Relation, UnresolvedError, opaque, resolve
 from onnxshrink.registry import Rewrite, Rule, register
@@ -101,6 +101,7 @@ register(
         relate=_transpose,
         forward=layout,
         unit=unit_moves,
+        line=line_moves,
         blind=blind_moves,
         infinite=infinite_moves,
     )
@@ -114,6 +115,7 @@ register(
         forward=layout,
         rewrite=shape_rewrite(1),  # type: ignore[arg-type]
         unit=unit_moves,
+        line=line_moves,
         blind=blind_moves,
         infinite=infinite_moves,
     )
@@ -125,6 +127,7 @@ for _op in ("Flatten", "Squeeze", "Unsqueeze"):
             relate=_same_elements,
             forward=layout,
             unit=unit_moves,
+            line=line_moves,
             blind=blind_moves,
             infinite=infinite_moves,
         )

@@ -112,7 +112,7 @@ def _scaled_to_nothing(view: View) -> list[Known | None]:
     return [partial((scale == 0).reshape(lead + scale.shape), value.reshape(lead + scale.shape)), *rest]
 
 
-register(Rule("LayerNormalization", since=17, relate=_layer_norm, forward=_scaled_to_nothing))
+WHOLE_NORM = Rule("LayerNormalization", since=17, relate=_layer_norm, forward=_scaled_to_nothing)
 
 
 # --- Root mean square: zeros leave, the divisor is rescaled -----------------------------------------------------

@@ -74,7 +74,7 @@ class Sets:
             return
         shape, live = self.analysis.shape(name), self.analysis.live(name)
         kept: Kept = []
-        start = live & ~self._foldable_frame(name)
+        start = live & ~self._foldable_frame(name) & ~self._foldable_line(name)
         for axis, extent in enumerate(shape or ()):
             kept.append(project(start, axis, extent) if isinstance(extent, int) else None)
         self.kept[name] = kept
@@ -88,6 +88,25 @@ class Sets:
         if framed is None or not all(self._folds_frames(node, name) for node in self.readers[name]):
             return np.zeros((1,) * self.analysis.rank(name), np.bool_)
         return framed.mask
+
+    def _foldable_line(self, name: str) -> BoolArray:
+        """Indices for which another one can stand, where every reader lets it."""
+        line, rank = self.analysis.lines.get(name), self.analysis.rank(name)
+        if line is None or not self._folds_line(name):
+            return np.zeros((1,) * rank, np.bool_)
+        return np.asarray(line.others.reshape([-1 if axis == line.axis else 1 for axis in range(rank)]))
+
+    def _folds_line(self, name: str) -> bool:
+        """Whether every reader folds the line of a tensor, or passes it on to such as do."""
+        if name not in self.analysis.lines or name in self.analysis.graph.outputs:
+            return False
+        for node in self.readers[name]:
+            rule, slots = self.analysis.rules[node.index], [s for s, given in enumerate(node.inputs) if given == name]
+            folded = rule.lined(self.analysis.view(node)) if rule is not None and rule.lined is not None else ()
+            moved = rule is not None and rule.line is not None and slots == [0] and self._folds_line(node.outputs[0])
+            if not moved and not set(slots) <= set(folded):
+                return False
+        return True
 
     def _folds_frames(self, node: Node, name: str) -> bool:
         rule = self.analysis.rules[node.index]

@@ -92,6 +92,8 @@ def check_forward(
         claimed = sum(count for name, count in counts.items() if of is None or name in of)
         for name in analysis.framed:
             _check_framed(analysis, model, name, values[name])
+        for name in analysis.lines:
+            _check_line(analysis, model, name, values[name])
     return claimed
 
 
@@ -130,6 +132,17 @@ def _check_framed(analysis: Analysis, model: onnx.ModelProto, name: str, actual:
     channels = [c for c in np.moveaxis(inside, 1, 0) if not np.isnan(c).any()]
     if any((np.round(c) != np.round(channels[0])).any() for c in channels):
         raise RuleViolation(f"{_where(model, name)}: the frame differs between channels")
+
+
+def _check_line(analysis: Analysis, model: onnx.ModelProto, name: str, actual: Array) -> None:
+    """Indices that follow one number per position are what their slopes and offsets make of the host's."""
+    line = analysis.lines[name]
+    found = np.moveaxis(actual.astype(np.float64), line.axis, -1)
+    number = (found[..., line.host] - line.offset[line.host]) / line.slope[line.host]
+    expected = number[..., None] * line.slope[line.mask] + line.offset[line.mask]
+    error = np.abs(found[..., line.mask] - expected).max(initial=0.0)
+    if error > _KNOWN_ROUNDINGS * rounding_of(actual) * extent_of(actual):
+        raise RuleViolation(f"{_where(model, name)}: an index claimed to follow another one differs by {error:.3g}")
 
 
 def _reads_infinities(model: onnx.ModelProto, name: str, values: Mapping[str, Array]) -> bool:

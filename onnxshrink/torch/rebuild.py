@@ -19,6 +19,7 @@ from onnxshrink.analyse import Analysis, analyse
 from onnxshrink.errors import InputError
 from onnxshrink.graph import Graph, Node
 from onnxshrink.plan import Demand, Plan, make_plan
+from onnxshrink.registry import plain_rule_of
 from onnxshrink.scopes import source_lines
 from onnxshrink.torch.activations import drop_full_masks
 from onnxshrink.torch.culprits import Culprits, Place, place_of
@@ -89,7 +90,7 @@ class Rebuilder:
 
     def __init__(self, masked: nn.Module, model: onnx.ModelProto, inputs: Inputs, by_values: bool = False) -> None:
         self.masked = masked
-        self.analysis: Analysis = analyse(Graph(model))
+        self.analysis: Analysis = analyse(Graph(model), plain_rule_of)
         self.exported = Exported(self.analysis, masked, by_values)
         self.trial = Trial(masked, inputs)
         self.culprits = Culprits(self.exported, self.trial)

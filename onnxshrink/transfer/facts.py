@@ -16,6 +16,7 @@ from onnxshrink.weights import BoolArray
 # What an analysis holds besides: the graph itself, and what follows from it and from these facts at once.
 FOLLOWS = frozenset({
     "graph", "rules", "relations", "refusals", "constants", "derived", "results", "shapes", "taken", "lookup", "framed",
+    "lines",
 })  # fmt: skip
 
 

@@ -145,12 +145,13 @@ def _encode_cause(cause: Cause) -> list[str]:
 
 def _encode_fold(fold: Fold) -> dict[str, Any]:
     arrays = {"indices": fold.indices, "values": fold.values, "into": fold.into, "scale": fold.scale}
+    arrays["offsets"] = fold.offsets
     return {"axis": fold.axis} | {n: None if a is None else e.encode_array(a) for n, a in arrays.items()}
 
 
 def _decode_fold(data: dict[str, Any]) -> Fold:
-    into, scale = (None if data[name] is None else e.decode_array(data[name]) for name in ("into", "scale"))
-    return Fold(int(data["axis"]), e.decode_array(data["indices"]), e.decode_array(data["values"]), into, scale)
+    further = (None if data[name] is None else e.decode_array(data[name]) for name in ("into", "scale", "offsets"))
+    return Fold(int(data["axis"]), e.decode_array(data["indices"]), e.decode_array(data["values"]), *further)
 
 
 # --- the facts -----------------------------------------------------------------------------------------------------

@@ -242,6 +242,33 @@ def test_a_mean_over_channels_keeps_them() -> None:
     assert (found["meant.weight"], found["wide.weight"]) == ((16, 6), (13, 6))
 
 
+def test_a_stream_in_front_of_layer_norms_keeps_its_width() -> None:
+    """The ONNX model puts zeros in the place of what left; PyTorch's own LayerNorm cannot."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.wide, self.thin = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+            self.first, self.last, self.head = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = x + self.thin(torch.relu(self.wide(self.norm(x))))
+            return self.head(self.last(x))
+
+    module = Block()
+    for norm in (module.norm, module.last):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    drop(module.first, 1, 2, 5)
+    drop(module.thin, 1, 2, 5)
+    drop(module.wide, 0, 1, 2, 3)
+    result = onnxshrink.export(module.eval(), torch.randn(4, 5), dynamo=False, align="none")
+    assert sorted(layer.after for layer in result.report.layers) == [(3, 6), (5, 5), (5, 8), (8, 6)]
+    found = shapes(rebuilt(module, torch.randn(4, 5)))
+    assert (found["first.weight"], found["wide.weight"], found["head.weight"]) == ((8, 5), (8, 8), (3, 8))
+
+
 # --- constants -----------------------------------------------------------------------------------------------------
 
 
