@@ -500,6 +500,17 @@ def test_rms_norm_written_out() -> None:
     check_same(model, small, x=draw(4, 5))
 
 
+def test_a_choice_that_is_settled_by_what_stays_is_left_out() -> None:
+    weights = {"w1": dead(draw(5, 6), 1, 2, axis=1), "c": np.isin(np.arange(6), [1, 2]), "v": dead(draw(6), 1, 2),
+               "w2": draw(6, 3)}  # fmt: skip
+    model = build("g (float[N, 5] x) => (float[N, 3] y) { a = MatMul(x, w1) z = Where(c, v, a) y = MatMul(z, w2) }",
+                  **weights)  # fmt: skip
+    small = shrunk(model)
+    assert operators(small) == ["MatMul", "MatMul"]
+    assert shapes(small) == {"w1": (5, 4), "w2": (4, 3)}
+    check_same(model, small, x=draw(4, 5))
+
+
 def test_layer_norm_keeps_its_inputs_and_says_why() -> None:
     weights = {"w1": dead(draw(5, 8), 2, axis=1), "g": draw(8), "h": draw(8), "w2": draw(8, 3)}
     text = (

@@ -53,9 +53,9 @@ def test_any_graph_keeps_its_function(graph: RandomGraph) -> None:
     assume(shrunk(graph) is not None)
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(2))
 def test_reproducible_graphs_keep_their_function_and_most_of_them_shrink(block: int) -> None:
-    seeds = range(block * GRAPHS // 4, (block + 1) * GRAPHS // 4)
+    seeds = range(block * GRAPHS // 2, (block + 1) * GRAPHS // 2)
     results = [shrunk(random_graph(RandomChooser(seed))) for seed in seeds]
     ran = [result for result in results if result is not None]
     assert len(ran) >= 0.9 * len(results)

@@ -145,9 +145,11 @@ def _choice_needed(view: View) -> list[BoolArray | None]:
 def _always(view: View) -> int | None:
     """The input that a condition that is known always chooses."""
     known = view.data().known
-    if not known.everything:
-        return None
-    return 1 if known.value.all() else 2 if not known.value.any() else None
+    return _chosen(known.value) if known.everything else None
+
+
+def _chosen(condition: Array) -> int | None:
+    return 1 if condition.all() else 2 if not condition.any() else None
 
 
 def _choice_unit(view: View) -> int | None:
@@ -170,8 +172,8 @@ def _choice_infinite(view: View) -> list[BoolArray | None]:
 
 
 def _choice_rewrite(view: View) -> Rewrite:
-    """Where the condition is settled, the readers may read what it chooses."""
-    slot = _always(view)
+    """Where the condition is settled for all that is kept, the readers may read what it chooses."""
+    slot = _chosen(_kept_values(view, 0)) if view.data().known.everything else None
     if slot is None or slot in view.frozen or not _same_shape(view.data(slot), view.output()):
         return Rewrite()
     return Rewrite(bypass=slot)
