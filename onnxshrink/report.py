@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,8 +17,10 @@ from onnxshrink.graph import Graph, Node
 from onnxshrink.measure import Size
 from onnxshrink.plan import INTERFACE, LIVE, Cause, Kept, Plan
 from onnxshrink.speed.latency import Latency
-from onnxshrink.verify import Equivalence
 from onnxshrink.weights import BoolArray
+
+if TYPE_CHECKING:
+    from onnxshrink.verify import Equivalence
 
 _STAYS = "it stays in "  # how the plan words a growth that came from another tensor
 _RAW = re.compile(r"_raw(_\d+)?$")  # what the editor adds to the name of an output that is corrected afterwards

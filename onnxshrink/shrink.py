@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -20,31 +21,25 @@ from onnxshrink.errors import InputError, OnnxshrinkError
 from onnxshrink.graph import Graph, make_skeleton
 from onnxshrink.guard import despite_faults
 from onnxshrink.lazy import LazyModel
-from onnxshrink.masks import MaskTree
 from onnxshrink.plan import Plan, make_plan
 from onnxshrink.planning.align import Alignment, check_align
 from onnxshrink.probe import DEFAULT_SAMPLES, prober
 from onnxshrink.reading import ModelLike
 from onnxshrink.registry import Lookup, rule_of
-from onnxshrink.replacement import ReplaceFunction, replacer
 from onnxshrink.report import Report, make_report
 from onnxshrink.result import ShrinkResult, stage
-from onnxshrink.runtime import LoadError
 from onnxshrink.source import PathLike, Source, open_source, size
 from onnxshrink.speed.latency import Latency
-from onnxshrink.verify import Equivalence, OutputsDiffer, amplification
-from onnxshrink.verify import verify as compare
 from onnxshrink.version import __version__
 from onnxshrink.weights import Array
 
+if TYPE_CHECKING:
+    from onnxshrink.masks import MaskTree
+    from onnxshrink.replacement import ReplaceFunction
+    from onnxshrink.verify import Equivalence
+
 # Models with more weights are not timed: several forms are in memory at once.
 _TIMED_BYTES = 1 << 30
-# An error counts as rounding that the model amplifies when it is within so many times what the rounding of the inputs
-# alone does to the outputs: every layer rounds too, and its sums are taken in another order.
-_AMPLIFIED = 30.0
-# Rounding alone makes a few hundredths of the limit. Where the outputs differ by more than the first share of it, and
-# the rounding of the inputs' last bit alone makes more than the second, other inputs may well be beyond the limit.
-_DOUBTFUL, _UNSTABLE = 0.2, 0.5
 
 
 def shrink(
@@ -139,7 +134,9 @@ def conclude(source: Source, analysis: Analysis, options: Options, form: Form | 
         equivalence, note = None, form.note
         if small is not None and (options.verify or analysis.unproven()):
             options.step("comparing")
-            equivalence, excuse = _examine(source, staged.path if staged else small.model, form.plan, options)
+            from onnxshrink.examine import examine  # brings all that runs models
+
+            equivalence, excuse = examine(source, staged.path if staged else small.model, form.plan, options)
             small, note = (small, note) if excuse is None else (None, excuse)
         final = source.again() if small is None else small.model
         if small is None:
@@ -168,7 +165,11 @@ def lookup_for(probe: int, functions: Mapping[str, ReplaceFunction] | None, samp
     Raises InputError.
     """
     lookup: Lookup = prober(probe) if probe else rule_of
-    return replacer(functions, probe or samples, lookup) if functions else lookup
+    if not functions:
+        return lookup
+    from onnxshrink.replacement import replacer
+
+    return replacer(functions, probe or samples, lookup)
 
 
 # --- what comes in -------------------------------------------------------------------------------------------------
@@ -283,58 +284,6 @@ def _check(model: onnx.ModelProto, source: Graph) -> None:
         except type(error):
             return
         raise
-
-
-def _examine(
-    source: Source, candidate: ModelLike, plan: Plan, options: Options
-) -> tuple[Equivalence | None, str | None]:
-    """The comparison; or why it says nothing. Raises OutputsDiffer where the outputs differ without an excuse."""
-    try:
-        equivalence = _verify(source, candidate, plan, options)
-    except OutputsDiffer as error:
-        note = _excuse(source, error, options)
-        if note is None:
-            raise
-        return None, note
-    if equivalence.error > _DOUBTFUL * equivalence.limit:
-        moved = _moved(source, options)
-        if moved > _UNSTABLE * equivalence.limit:
-            return None, _amplified(equivalence.error, moved, "the model")
-    return equivalence, None
-
-
-def _verify(source: Source, candidate: ModelLike, plan: Plan, options: Options) -> Equivalence:
-    kept = {name: axes for name, axes in plan.kept.items() if name in plan.present}
-    inputs, samples, seed = options.inputs, options.samples, options.seed
-    try:
-        return compare(source.model, candidate, inputs=inputs, samples=samples, seed=seed, kept=kept)
-    except LoadError as error:
-        if error.label == "reference":
-            raise
-        raise OnnxshrinkError(f"onnxruntime does not take the result (a fault of onnxshrink): {error}") from error
-
-
-def _moved(source: Source, options: Options) -> float:
-    """What a change of the inputs' last bit does to the outputs."""
-    return amplification(source.model, inputs=options.inputs, samples=options.samples, seed=options.seed)
-
-
-def _excuse(source: Source, error: OutputsDiffer, options: Options) -> str | None:
-    """Why a difference is rounding and no fault: the model does as much to a change of its inputs' last bit."""
-    if error.equivalence is None or error.divergence is None:
-        return None
-    moved = _moved(source, options)
-    if error.equivalence.error > _AMPLIFIED * moved:
-        return None
-    return _amplified(error.equivalence.error, moved, error.divergence.node or error.divergence.tensor)
-
-
-def _amplified(error: float, moved: float, culprit: str) -> str:
-    return (
-        f"rounding differences are amplified to the limit or beyond it by {culprit} "
-        f"({error:.1e} of the range; a change in the inputs' last bit makes {moved:.1e}); "
-        "pass --no-verify (in Python, verify=False) to shrink anyway"
-    )
 
 
 def _report(

@@ -6,13 +6,16 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onnxshrink import measure
 from onnxshrink.collector import paused
 from onnxshrink.graph import Graph
 from onnxshrink.lazy import LARGEST, LazyModel
-from onnxshrink.masks import MaskTree, apply_masks, load_masks, zero_near
 from onnxshrink.reading import ModelLike, read_model
+
+if TYPE_CHECKING:
+    from onnxshrink.masks import MaskTree
 
 PathLike = str | os.PathLike[str]
 
@@ -76,6 +79,8 @@ def open_source(
     if masks is None and zero_tolerance == 0:
         path = Path(model) if isinstance(model, (str, os.PathLike)) else None
         return Source(Graph(lazy, keep), nbytes, files, path, shared=path is None)
+    from onnxshrink.masks import apply_masks, load_masks, zero_near
+
     whole, zeroed = lazy.whole() if lazy.values else lazy.proto, 0
     if masks is not None:
         tree = load_masks(os.fspath(masks)) if isinstance(masks, (str, os.PathLike)) else masks

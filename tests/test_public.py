@@ -116,6 +116,19 @@ print("onnxruntime" in sys.modules)
     assert python(code) == "False"
 
 
+def test_what_runs_models_and_reads_masks_is_imported_where_it_is_used() -> None:
+    code = """
+import sys, onnxshrink
+from onnxshrink.demo import model_path
+names = ["onnxshrink." + name for name in ("verify", "segments", "masks", "mask_names", "replacement", "speed.auto")]
+onnxshrink.shrink(model_path(), verify=False, align="none")
+print([name for name in names if name in sys.modules])
+onnxshrink.shrink(model_path(), {}, align="none")
+print([name for name in names if name not in sys.modules])
+"""
+    assert python(code).splitlines() == ["[]", "['onnxshrink.replacement', 'onnxshrink.speed.auto']"]
+
+
 def test_names_that_do_not_exist_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'onnxshrink' has no attribute 'shrunk'"):
         _ = onnxshrink.shrunk
