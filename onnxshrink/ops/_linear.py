@@ -35,6 +35,7 @@ class Linear:
         editable: whether the weights are constant, so that columns can be added to each other.
         extend: whether a channel of ones may be appended to the data, to carry constants that no bias can.
         framed: channels of the data that hold one value but for a frame of zeros; then there is a border.
+        follows: whether the rule can fold channels that follow one number; only such a rule says so by `lined`.
     """
 
     view: View
@@ -47,13 +48,13 @@ class Linear:
     editable: bool = True
     extend: bool = False
     framed: Known | None = None
+    follows: bool = False
 
     @property
     def line(self) -> Line | None:
         """Channels that follow one number per position, where all but one can be folded in that one and a bias."""
-        line = self.view.data(self.slot).line
-        fits = line is not None and line.axis == self.axis and self.groups == 1
-        return line if fits and self.bias and self.editable and not self.border else None
+        line = self.view.data(self.slot).line if self.follows and self.bias else None
+        return line if line is not None and line.axis == self.axis else None
 
     @property
     def groups(self) -> int:

@@ -253,11 +253,11 @@ def matmul_linear(view: View) -> Linear | None:
     if _is_weights(right) and left.extent(left.rank - 1) is not None:
         assert right.constant is not None
         pattern = right.constant.pattern(0, 1).T
-        return Linear(view, 0, left.rank - 1, output - 1, pattern, border=False, bias=True)
+        return Linear(view, 0, left.rank - 1, output - 1, pattern, border=False, bias=True, follows=True)
     if _is_weights(left) and right.extent(right.rank - 2) is not None:
         assert left.constant is not None
         pattern = left.constant.pattern(0, 1)
-        return Linear(view, 1, right.rank - 2, output - 2, pattern, border=False, bias=True)
+        return Linear(view, 1, right.rank - 2, output - 2, pattern, border=False, bias=True, follows=True)
     return None
 
 

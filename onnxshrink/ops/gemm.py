@@ -45,7 +45,8 @@ def gemm_linear(view: View) -> Linear | None:
     if weights.constant is None or data.extent(axis) is None:
         return None
     grid = weights.constant.pattern(0, 1)
-    return Linear(view, 0, axis, 1, grid if b else grid.T, border=False, bias=_bias_vector(view))
+    pattern = grid if b else grid.T
+    return Linear(view, 0, axis, 1, pattern, border=False, bias=_bias_vector(view), follows=True)
 
 
 def _scalars(view: View) -> tuple[float, float]:

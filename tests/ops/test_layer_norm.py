@@ -30,6 +30,7 @@ def normed(readers: str, norm: str = NORM, text: str = TEXT, **more: np.ndarray)
 
 
 X = draw(2, 4, 5, seed=8)
+TURNED = "Transpose <perm = [0, 2, 1]>"
 
 
 @pytest.mark.parametrize("shift", [True, False], ids=["with shift", "without shift"])
@@ -159,6 +160,27 @@ def test_wider_than_it_must_be() -> None:
     check_same(model, small, x=X)
     assert (shapes(small)["w1"], shapes(small)["w2"]) == ((5, 8), (8, 3))
     assert plan.kept["n"][2] is not None
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        "c = MatMul(n, w2) r = Relu(c) y = MatMul(r, w3)",
+        "c = com.microsoft.FusedMatMul(n, w2) r = Relu(c) y = MatMul(r, w3)",
+        f"t = {TURNED} (n) c = Conv(t, k) r = Relu(c) q = {TURNED} (r) y = MatMul(q, w3)",
+        f"t = {TURNED} (n) c = MatMul(u, t) r = Relu(c) q = {TURNED} (r) y = MatMul(q, w3)",
+    ],
+    ids=["MatMul", "FusedMatMul", "Conv", "weights on the left"],
+)
+@pytest.mark.parametrize("multiple", [1, 6])
+def test_outputs_that_stay_unread_do_not_spoil_the_constants(reader: str, multiple: int) -> None:
+    """Output 3 alone reads two of the zeros, and nobody reads it; the third zero is a constant for all outputs."""
+    w2 = dead(draw(8, 6), 1, 5)
+    w2[[1, 5], 3] = 1.5, -0.7
+    more = {"w2": w2, "u": np.ascontiguousarray(w2.T), "k": np.ascontiguousarray(w2.T)[:, :, None]}
+    model = normed(reader, g=dead(draw(8, seed=1), 2), w3=dead(draw(6, 3), 3), **more)
+    small, _ = shrunk_with_plan(model, Alignment(multiple))
+    check_same(model, small, x=X)
 
 
 def test_half_precision() -> None:
